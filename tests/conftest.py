@@ -1,0 +1,48 @@
+"""Fixtures shared by every room's tests."""
+
+import os
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def x64():
+    """Run the test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder with the published LSST-Y10 files; the test is skipped where there is none."""
+    folder = Path(os.environ.get("DIFFSBI_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no published data: set DIFFSBI_DATA to its folder (looked in {folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shift_table(data_folder) -> Path:
+    """Path of the published table of log-normal shifts."""
+    return _file(data_folder, "lognormal_shifts_LSSTY10.npy")
+
+
+@pytest.fixture(scope="session")
+def observation(data_folder) -> np.ndarray:
+    """The published map, float32, (256, 256, 5) = (row, column, bin)."""
+    return np.load(_file(data_folder, "lsst_y10_observation_256.npy"))
+
+
+def _file(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        pytest.skip(f"no {name} in {folder}")
+    return folder / name
