@@ -1,0 +1,210 @@
+"""Simulations on disk: written block by block, each with its checksums, resumed at the first missing block."""
+
+import dataclasses
+import errno
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from diffsbi._files import differences, explain_full_disk, read_json, write_json
+
+FORMAT = {"format": "diffsbi simulations", "version": 1}
+
+__all__ = ["Block", "SimulationStore", "create_store", "open_store"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Rows `[start, stop)` of a store."""
+
+    index: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationStore:
+    """A zarr 3 folder with one array per quantity, chunked by blocks of rows.
+
+    A block counts only once its marker `blocks/<index>.json` is there: it holds the SHA-256 of every array's
+    rows and is written, atomically, after them. A process killed at any moment thus loses one block at most.
+    Make one with `create_store` or `open_store`.
+    """
+
+    folder: Path
+    header: Mapping
+
+    @property
+    def n(self) -> int:
+        return self.header["n"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.header["names"])
+
+    @property
+    def blocks(self) -> list[Block]:
+        size = self.header["block_size"]
+        return [Block(i, start, min(start + size, self.n)) for i, start in enumerate(range(0, self.n, size))]
+
+    def missing(self) -> list[Block]:
+        """The blocks that are still to be written."""
+        return [block for block in self.blocks if not self._complete(block)]
+
+    def write(self, block: Block, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write one block; nothing of it counts before all of it is on disk.
+
+        Raises:
+            ValueError: If an array is missing, unknown or of the wrong shape.
+            OSError: If the disk is full; the blocks before stay as they are.
+        """
+        arrays = {name: self._checked(name, value, block) for name, value in arrays.items()}
+        if set(arrays) != set(self.header["arrays"]):
+            raise ValueError(f"Expected arrays {sorted(self.header['arrays'])}; got {sorted(arrays)}.")
+        with explain_full_disk(self.folder, f"simulations {block.start} to {block.stop - 1}"):
+            group = zarr.open_group(self.folder, mode="r+")
+            with zarr.config.set({"array.write_empty_chunks": True}):  # rows of zeros must exist as a file too
+                for name, value in arrays.items():
+                    group[name][block.start : block.stop] = value
+            checksums = {name: _checksum(value) for name, value in arrays.items()}
+            write_json(self._marker(block), dataclasses.asdict(block) | {"sha256": checksums})
+
+    def read(self, block: Block, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Read one block, of the named arrays or of all.
+
+        Raises:
+            ValueError: If the block is missing, or a file of it is truncated or altered: the message names the file.
+        """
+        if not self._complete(block):
+            raise ValueError(f"Expected block {block.index} in {self.folder}; it has not been simulated yet.")
+        expected = read_json(self._marker(block))["sha256"]
+        group = zarr.open_group(self.folder, mode="r")
+        return {name: self._read_checked(group, name, block, expected[name]) for name in names or self.header["arrays"]}
+
+    def iterate(self, names: Sequence[str] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The blocks in order, one at a time in memory."""
+        for block in self.blocks:
+            yield self.read(block, names)
+
+    def load(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """All rows of the named arrays (or of all arrays)."""
+        blocks = list(self.iterate(names))
+        return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+    def _checked(self, name: str, value, block: Block) -> np.ndarray:
+        spec = self.header["arrays"].get(name)
+        if spec is None:
+            raise ValueError(f"Unknown array {name!r}; expected {sorted(self.header['arrays'])}.")
+        value = np.ascontiguousarray(value, dtype=spec["dtype"])
+        expected = (len(block), *spec["shape"])
+        if value.shape != expected:
+            raise ValueError(f"Expected {name} with shape {expected}; got {value.shape}.")
+        return value
+
+    def _read_checked(self, group, name: str, block: Block, expected: str) -> np.ndarray:
+        file = self._chunk(name, block)
+        try:
+            value = np.ascontiguousarray(group[name][block.start : block.stop])
+        except Exception as error:  # zarr's codecs raise many types on damaged bytes
+            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EMFILE):
+                raise
+            raise ValueError(_damaged(file, f"cannot be decoded: {error}")) from error
+        if _checksum(value) != expected:
+            raise ValueError(_damaged(file, "does not match its checksum"))
+        return value
+
+    def _complete(self, block: Block) -> bool:
+        chunks = [self._chunk(name, block) for name in self.header["arrays"]]
+        return self._marker(block).is_file() and all(chunk.is_file() for chunk in chunks)
+
+    def _chunk(self, name: str, block: Block) -> Path:
+        zeros = ["0"] * len(self.header["arrays"][name]["shape"])
+        return self.folder.joinpath(name, "c", str(block.index), *zeros)
+
+    def _marker(self, block: Block) -> Path:
+        return self.folder / "blocks" / f"{block.index:06d}.json"
+
+
+def create_store(
+    folder: str | Path,
+    *,
+    config: Mapping,
+    seed: int,
+    names: Sequence[str],
+    n: int,
+    arrays: Mapping[str, tuple[int, ...]],
+    block_size: int = 100,
+    dtype: str = "float32",
+) -> SimulationStore:
+    """Create a store, or go on with the one that is there if it is the same.
+
+    Args:
+        folder: Where it lives (a new or existing store).
+        config: Everything that decides the numbers, as JSON values.
+        seed: The seed they were drawn with.
+        names: Parameter names, in the order of theta's last axis.
+        n: Number of rows.
+        arrays: Array name → shape of one row.
+        block_size: Rows per block.
+        dtype: Of every array.
+
+    Raises:
+        ValueError: If `folder` holds a store from another configuration: the message says what differs.
+        OSError: If the disk is full.
+    """
+    if n < 1 or block_size < 1:
+        raise ValueError(f"Expected n >= 1 and block_size >= 1; got n = {n}, block_size = {block_size}.")
+    folder = Path(folder)
+    shapes = {name: {"shape": list(shape), "dtype": dtype} for name, shape in arrays.items()}
+    header = FORMAT | {"n": n, "block_size": block_size, "seed": seed, "names": list(names)}
+    header |= {"arrays": shapes, "config": dict(config)}
+    if (folder / "header.json").exists():
+        found = differences(open_store(folder).header, header)
+        if found:
+            there = "; ".join(found)
+            raise ValueError(f"{folder} holds simulations from another configuration ({there}). {_ELSEWHERE}")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"Expected {folder} to be empty or a store of simulations; it holds other files.")
+    with explain_full_disk(folder, "a new store of simulations"):
+        write_json(folder / "header.json", header)
+        group = zarr.open_group(folder, mode="a", zarr_format=3)
+        for name, shape in arrays.items():
+            if name not in group:
+                group.create_array(name, shape=(n, *shape), chunks=(min(block_size, n), *shape), dtype=dtype)
+    return SimulationStore(folder, header)
+
+
+def open_store(folder: str | Path) -> SimulationStore:
+    """Open an existing store for reading.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If its header is damaged or of another format.
+    """
+    path = Path(folder) / "header.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a store of simulations at {folder}; it has no header.json.")
+    header = read_json(path)
+    if not isinstance(header, dict) or {key: header.get(key) for key in FORMAT} != FORMAT:
+        raise ValueError(f"Expected {path} to say {FORMAT}; it was written by something else or another version.")
+    return SimulationStore(Path(folder), header)
+
+
+_ELSEWHERE = "Choose another folder, or go back to that configuration."
+
+
+def _checksum(value: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+
+
+def _damaged(file: Path, why: str) -> str:
+    return (
+        f"The stored simulations in {file} are damaged (the file {why}). Delete that file and simulate again with "
+        "the same command: only its block is made anew; the others stay as they are."
+    )
