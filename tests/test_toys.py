@@ -26,8 +26,8 @@ def linear(x64):
 # --- linear Gaussian ---------------------------------------------------------------------------------------------
 
 
-def test_linear_score_is_the_marginal_score_in_the_wiener_coordinate(linear):
-    draws = linear.draw(jax.random.key(0), 50, latents="wiener")
+def test_linear_score_is_the_marginal_score_in_the_whitened_coordinate(linear):
+    draws = linear.draw(jax.random.key(0), 50, latents="whitened")
     exact = jax.jit(jax.vmap(linear.marginal_score))(draws.theta, draws.x)
     np.testing.assert_allclose(draws.score, exact, rtol=0, atol=1e-10 * np.abs(exact).max())
     white = linear.draw(jax.random.key(0), 50)
@@ -41,9 +41,9 @@ def test_linear_marginal_score_is_the_gradient_of_the_marginal_likelihood(linear
     np.testing.assert_allclose(linear.marginal_score(theta, x), numeric, rtol=1e-7)
 
 
-def test_linear_wiener_coordinate_is_white_and_round_trips(linear):
+def test_linear_whitened_coordinate_is_white_and_round_trips(linear):
     draws = linear.draw(jax.random.key(2), 4000, keep_latents=True, with_score=False)
-    transport = linear.transport("wiener")
+    transport = linear.transport("whitened")
     xi, log_det = jax.jit(jax.vmap(transport.from_latents))(draws.theta, draws.latents, draws.x)
     z, inverse = jax.jit(jax.vmap(transport.to_latents))(draws.theta, xi, draws.x)
     np.testing.assert_allclose(z, draws.latents, atol=1e-12)
@@ -59,8 +59,8 @@ def test_linear_wiener_coordinate_is_white_and_round_trips(linear):
 
 def test_linear_joint_is_the_same_posterior_in_each_coordinate(linear):
     theta, z, x = linear.draw_one(jax.random.key(3))
-    xi, log_det = linear.transport("wiener").from_latents(theta, z, x)
-    difference = linear.log_joint(theta, z, x) - linear.log_joint(theta, xi, x, latents="wiener")
+    xi, log_det = linear.transport("whitened").from_latents(theta, z, x)
+    difference = linear.log_joint(theta, z, x) - linear.log_joint(theta, xi, x, latents="whitened")
     np.testing.assert_allclose(difference, log_det, atol=1e-12)
 
 
@@ -77,10 +77,10 @@ def test_linear_bayes_theorem_closes(linear):
 
 
 def test_linear_marginal_likelihood_is_the_joint_integrated_over_latents(linear):
-    """log p(x | theta) = log p(x, z | theta) - log p(z | theta, x) for every z; the last from the Wiener coordinate."""
+    """log p(x | theta) = log p(x, z | theta) - log p(z | theta, x) for every z."""
     theta, z, x = linear.draw_one(jax.random.key(6))
     for latent in (z, z + 1.0):
-        xi, log_det = linear.transport("wiener").from_latents(theta, latent, x)
+        xi, log_det = linear.transport("whitened").from_latents(theta, latent, x)
         conditional = -0.5 * jnp.sum(xi**2) - 0.5 * len(z) * jnp.log(2 * jnp.pi) + log_det
         value = linear.log_conditional(theta, latent, x) - conditional
         np.testing.assert_allclose(value, linear.log_likelihood(theta, x), atol=1e-10)

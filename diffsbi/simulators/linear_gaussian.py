@@ -40,7 +40,7 @@ class LinearGaussian(AbstractSimulator):
         return Normal(self.design @ theta + self.mixing @ z, self.noise).to_event(1)
 
     def transports(self):
-        return {"white": Identity(), "wiener": WienerTransport(self.design, self.mixing, self.noise)}
+        return {"white": Identity(), "whitened": WienerTransport(self.design, self.mixing, self.noise)}
 
     @property
     def covariance(self) -> Array:
