@@ -1,0 +1,37 @@
+"""Conditional densities: smooth bijections, their inversion, constructors, and the one table of them all."""
+
+import functools
+from collections.abc import Callable
+
+from flowjax.distributions import AbstractDistribution
+
+from diffsbi._types import check_names
+from diffsbi.flows.constructors import coupling, masked_autoregressive, smooth_flow, spline_flow
+from diffsbi.flows.ramps import LogisticRamps
+
+FLOWS: dict[str, Callable[..., AbstractDistribution]] = {
+    "smooth": smooth_flow,
+    "smooth_coupling": functools.partial(smooth_flow, kind="coupling"),
+    "masked_autoregressive": masked_autoregressive,
+    "coupling": coupling,
+    "spline": spline_flow,
+}
+NOT_SMOOTH = frozenset({"spline"})
+
+
+def is_smooth(name: str) -> bool:
+    """True when the score of the flow registered as `name` is continuously differentiable."""
+    check_names([name], list(FLOWS), "flow")
+    return name not in NOT_SMOOTH
+
+
+__all__ = [
+    "FLOWS",
+    "NOT_SMOOTH",
+    "LogisticRamps",
+    "coupling",
+    "is_smooth",
+    "masked_autoregressive",
+    "smooth_flow",
+    "spline_flow",
+]

@@ -1,0 +1,195 @@
+r"""Conditional densities $q(\theta | c)$, each built by one function of the same signature.
+
+Every constructor returns a FlowJAX distribution with `log_prob(theta, condition)`, one fast pass, and
+`sample(key, shape, condition)`. Flows of the same architecture share their static parts, so that a training
+step that is compiled once serves all of them.
+"""
+
+import functools
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from flowjax.bijections import (
+    AbstractBijection,
+    Affine,
+    Chain,
+    Coupling,
+    Flip,
+    Invert,
+    MaskedAutoregressive,
+    Permute,
+    RationalQuadraticSpline,
+    Scan,
+    Vmap,
+)
+from flowjax.distributions import AbstractDistribution, StandardNormal, Transformed
+from paramax import Parameterize
+
+from diffsbi._types import Key, check_key, check_names
+from diffsbi.flows.ramps import LogisticRamps
+
+_FIRST_OUTPUTS = 0.1  # the conditioner's last layer is scaled by this, so that a new flow is near the identity
+
+
+def smooth_flow(
+    key: Key,
+    dim: int,
+    condition_dim: int | None = None,
+    *,
+    layers: int | None = None,
+    width: int = 64,
+    depth: int = 2,
+    ramps: int = 8,
+    kind: str = "autoregressive",
+) -> AbstractDistribution:
+    r"""Mixture-of-ramps flow: C∞ in its argument, its condition and its parameters. The default for scores.
+
+    Args:
+        key: Initial weights.
+        dim: Dimension p of theta; 1 is allowed.
+        condition_dim: Dimension of the condition; None for an unconditional density.
+        layers: Number of layers; by default 3 autoregressive ones or 6 couplings.
+        width: Hidden units of each conditioner.
+        depth: Hidden layers of each conditioner.
+        ramps: Ramps per transformer (`LogisticRamps`).
+        kind: "autoregressive" (density in one pass, sampling in `dim`) or "coupling" (one pass for both).
+
+    Raises:
+        ValueError: For sizes below 1 or an unknown `kind`.
+    """
+    return _flow(key, dim, condition_dim, "ramps", ramps, kind, layers, width, depth, "silu")
+
+
+def masked_autoregressive(
+    key: Key,
+    dim: int,
+    condition_dim: int | None = None,
+    *,
+    layers: int | None = None,
+    width: int = 64,
+    depth: int = 2,
+    activation: str = "silu",
+) -> AbstractDistribution:
+    """FlowJAX's affine masked autoregressive flow (arXiv:1705.07057) with a smooth activation: "silu", "tanh", "sin"."""
+    layers = layers or 5
+    return _flow(key, dim, condition_dim, "affine", 0, "autoregressive", layers, width, depth, activation)
+
+
+def coupling(
+    key: Key,
+    dim: int,
+    condition_dim: int | None = None,
+    *,
+    layers: int | None = None,
+    width: int = 64,
+    depth: int = 2,
+    activation: str = "silu",
+) -> AbstractDistribution:
+    """FlowJAX's affine coupling flow (RealNVP, arXiv:1605.08803) with a smooth activation: "silu", "tanh", "sin"."""
+    return _flow(key, dim, condition_dim, "affine", 0, "coupling", layers or 8, width, depth, activation)
+
+
+def spline_flow(
+    key: Key,
+    dim: int,
+    condition_dim: int | None = None,
+    *,
+    layers: int | None = None,
+    width: int = 64,
+    depth: int = 2,
+    knots: int = 8,
+    kind: str = "coupling",
+) -> AbstractDistribution:
+    """Rational-quadratic spline flow on [−5, 5] (arXiv:1906.04032). NOT smooth: its score jumps in slope at every knot."""
+    return _flow(key, dim, condition_dim, "spline", knots, kind, layers, width, depth, "silu")
+
+
+def _positive_exp(raw):
+    return jnp.exp(4.0 * jnp.tanh(raw / 4.0))
+
+
+def _affine() -> Affine:
+    return eqx.tree_at(lambda a: a.scale, Affine(), Parameterize(_positive_exp, jnp.zeros(())))
+
+
+_ACTIVATIONS: dict[str, Callable] = {"silu": jax.nn.silu, "tanh": jnp.tanh, "sin": jnp.sin}
+_TRANSFORMERS: dict[str, Callable[[int], AbstractBijection]] = {
+    "ramps": LogisticRamps,
+    "affine": lambda _: _affine(),
+    "spline": lambda knots: RationalQuadraticSpline(knots=knots, interval=5.0),
+}
+_DEFAULT_LAYERS = {"autoregressive": 3, "coupling": 6}
+
+
+def _flow(key, dim, condition_dim, transformer, size, kind, layers, width, depth, activation):
+    check_key(key)
+    check_names([kind], list(_DEFAULT_LAYERS), "kind of flow")
+    check_names([activation], list(_ACTIVATIONS), "activation")
+    layers = _DEFAULT_LAYERS[kind] if layers is None else layers
+    sizes = {"dim": dim, "layers": layers, "width": width, "depth": depth}
+    sizes |= {} if condition_dim is None else {"condition_dim": condition_dim}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"Expected {name} >= 1; got {value}.")
+    config = (dim, condition_dim, transformer, size, kind, layers, width, depth, activation)
+    arrays, _ = eqx.partition(_build(key, *config), eqx.is_array)
+    return eqx.combine(arrays, _static(config, str(jnp.result_type(float))))
+
+
+@functools.lru_cache(maxsize=64)
+def _static(config, dtype: str):
+    """What is not an array, shared by all flows of one configuration: FlowJAX makes fresh closures each time."""
+    with jax.ensure_compile_time_eval():  # a tracer must not stay in the cache
+        return eqx.partition(_build(jax.random.key(0), *config), eqx.is_array)[1]
+
+
+def _build(key, dim, condition_dim, transformer, size, kind, layers, width, depth, activation):
+    transformer = _TRANSFORMERS[transformer](size)
+    base = StandardNormal((dim,))
+    if dim == 1 and condition_dim is None:  # nothing to condition on: the transformers' own parameters are learned
+        stack = eqx.filter_vmap(lambda _: Vmap(_jittered(_, transformer), in_axes=eqx.if_array(0)))
+        return Transformed(base, Invert(Scan(stack(jax.random.split(key, layers)))))
+    network = {"nn_width": width, "nn_depth": depth, "nn_activation": _ACTIVATIONS[activation]}
+
+    def layer(key):
+        key_network, key_permutation = jax.random.split(key)
+        shared = {"transformer": transformer, "dim": dim, "cond_dim": condition_dim, **network}
+        if kind == "autoregressive":
+            bijection = MaskedAutoregressive(key_network, **shared)
+            last = _last_of_autoregressive
+        else:
+            bijection = Coupling(key_network, untransformed_dim=dim // 2, **shared)
+            last = _last_of_coupling
+        return _permuted(eqx.tree_at(last, bijection, replace_fn=lambda w: _FIRST_OUTPUTS * w), kind, key_permutation)
+
+    return Transformed(base, Invert(Scan(eqx.filter_vmap(layer)(jax.random.split(key, layers)))))
+
+
+def _last_of_autoregressive(bijection):
+    layer = bijection.masked_autoregressive_mlp.layers[-1]
+    return layer.weight.args[1], layer.bias  # the weight is wrapped in its mask
+
+
+def _last_of_coupling(bijection):
+    layer = bijection.conditioner.layers[-1]
+    return layer.weight, layer.bias
+
+
+def _permuted(bijection: AbstractBijection, kind: str, key: Key) -> AbstractBijection:
+    (dim,) = bijection.shape
+    if dim == 1:
+        return bijection
+    if dim == 2 or kind == "autoregressive":
+        return Chain([bijection, Flip((dim,))])
+    return Chain([bijection, Permute(jax.random.permutation(key, dim))])
+
+
+def _jittered(key: Key, transformer: AbstractBijection) -> AbstractBijection:
+    """One-vector of transformers with slightly random parameters, so that no two ramps start alike."""
+    arrays, static = eqx.partition(transformer, eqx.is_inexact_array)
+    leaves, tree = jax.tree.flatten(arrays)
+    keys = jax.random.split(key, len(leaves))
+    moved = [a[None] + 0.05 * jax.random.normal(k, (1, *a.shape)) for a, k in zip(leaves, keys, strict=True)]
+    return eqx.combine(jax.tree.unflatten(tree, moved), static)

@@ -1,0 +1,116 @@
+r"""Losses of conditional densities: the negative log-likelihood, and the score beside it."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from flowjax.distributions import AbstractDistribution
+
+from diffsbi._types import Array, Float
+from diffsbi.prior import Prior
+
+_SMALLEST_NOISE = 0.05  # of the score, in units of the standardised posterior's own score
+_NOISE_RATE = 5.0  # the noise level learns this many times faster than the network
+
+
+def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    r"""$\nabla_u [\log p(x, z | \theta(u)) + \log p(u)] = J^T s + \nabla_u \log p(u)$ with $s$ the joint score.
+
+    Args:
+        prior: Gives u(theta) and p(u), the prior with its change of variables.
+        theta: Parameters.
+        score: $\nabla_\theta \log p(x, z | \theta)$ at each, WITHOUT the prior's.
+    """
+
+    def one(theta, score):
+        u = prior.to_unconstrained(theta)
+        _, pull_back = jax.vjp(prior.from_unconstrained, u)
+        return pull_back(score)[0] + jax.grad(prior.log_prob_unconstrained)(u)
+
+    return jax.vmap(one)(jnp.asarray(theta), jnp.asarray(score))
+
+
+class ScoredDensity(eqx.Module):
+    r"""What is trained: a density, and the (Cholesky factor of the inverse) covariance of the score's noise."""
+
+    density: AbstractDistribution
+    noise: Float[Array, "p p"] | None = None
+
+    def whiten_noise(self, residual: Float[Array, "n p"]) -> tuple[Array, Array]:
+        r"""$(R r, \log\det R)$ with $R = D (1 + T)$: T strictly lower triangular, D diagonal, at most 1/0.05."""
+        log_d = -jnp.logaddexp(_NOISE_RATE * jnp.diag(self.noise), jnp.log(_SMALLEST_NOISE))
+        tilted = residual + residual @ (_NOISE_RATE * jnp.tril(self.noise, -1)).T
+        return tilted * jnp.broadcast_to(jnp.exp(log_d), residual.shape), jnp.sum(log_d)
+
+
+class AbstractScoreLoss(eqx.Module):
+    """A loss over batches `{"v": (n, p), "c": (n, d), "score": (n, p)}` of standardised rows."""
+
+    @abc.abstractmethod
+    def __call__(self, params, static, batch, key) -> Array:
+        """Mean over the batch."""
+
+
+class NegativeLogLikelihood(AbstractScoreLoss):
+    r"""$-\langle \log q(v | c) \rangle$."""
+
+    def __call__(self, params, static, batch, key):
+        return -jnp.mean(eqx.combine(params, static).density.log_prob(batch["v"], batch["c"]))
+
+
+class WeightedScore(AbstractScoreLoss):
+    r"""$\langle -\log q + \sum_a \lambda_a (\partial_a \log q - s_a)^2 \rangle$ in standardised coordinates.
+
+    Args:
+        weight: $\lambda$, shape (p,).
+    """
+
+    weight: Float[Array, " p"]
+
+    def __call__(self, params, static, batch, key):
+        value, residual = _value_and_residual(eqx.combine(params, static).density, batch)
+        return -jnp.mean(value) + jnp.mean(residual**2 @ self.weight)
+
+
+class MeasuredScore(AbstractScoreLoss):
+    r"""$\langle -\log q(v|c) - \log \mathcal N(s;\, \nabla_v \log q(v|c), \Sigma) \rangle$, $\Sigma$ learned with q.
+
+    The joint score is the marginal one plus noise of zero mean (Fisher's identity), so (v, s) is one observation
+    of q: its likelihood weighs the score by its inverse noise covariance, $\frac12 r^T \Sigma^{-1} r +
+    \frac12\log\det\Sigma$, in every direction by its own. $\Sigma$ is at its optimum the measured covariance of the
+    residuals $r = s - \nabla_v\log q$: a score that is all noise gets no weight, an exact one gets much (at most
+    1/0.05² in units of the posterior's own score variance).
+    """
+
+    def __call__(self, params, static, batch, key):
+        model = eqx.combine(params, static)
+        value, residual = _value_and_residual(model.density, batch)
+        white, log_det = model.whiten_noise(residual)
+        return -jnp.mean(value) + 0.5 * jnp.mean(jnp.sum(white**2, -1)) - log_det
+
+
+def first_noise(v: Array, score: Array) -> Array:
+    r"""`ScoredDensity.noise` for the residuals of the density that training starts at, a standard normal.
+
+    Rows far in the tails of the residuals are clipped, lest one of them decides.
+    """
+    residual = score + v
+    scale = 3 * jnp.sqrt(jnp.median(residual**2, axis=0) / 0.455)
+    residual = jnp.clip(residual, -scale, scale)
+    p = v.shape[-1]
+    covariance = residual.T @ residual / len(residual) + _SMALLEST_NOISE**2 * jnp.eye(p, dtype=v.dtype)
+    root = jnp.linalg.cholesky(covariance)
+    inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(p, dtype=v.dtype), lower=True)
+    d = jnp.diag(inverse)
+    level = jnp.log(jnp.maximum(1 / d - _SMALLEST_NOISE, 1e-3))
+    return (jnp.tril(inverse / d[:, None], -1) + jnp.diag(level)) / _NOISE_RATE
+
+
+def _value_and_residual(density, batch) -> tuple[Array, Array]:
+    def total(v):
+        value = density.log_prob(v, batch["c"])
+        return jnp.sum(value), value
+
+    gradient, value = jax.grad(total, has_aux=True)(batch["v"])
+    return value, batch["score"] - gradient

@@ -1,0 +1,212 @@
+r"""Neural posterior estimation from simulations, with their scores where there are any."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flowjax.distributions import AbstractDistribution
+
+from diffsbi._types import Key, check_finite, check_key, check_names
+from diffsbi.flows import FLOWS, is_smooth
+from diffsbi.flows.affine import with_linear_part
+from diffsbi.inference.losses import (
+    AbstractScoreLoss,
+    MeasuredScore,
+    NegativeLogLikelihood,
+    ScoredDensity,
+    WeightedScore,
+    first_noise,
+    posterior_score,
+)
+from diffsbi.inference.posterior import Member, Posterior
+from diffsbi.inference.standardise import fit_standardiser
+from diffsbi.inference.training import fit, split_rows
+from diffsbi.prior import Prior
+
+SMALLEST_N = 10
+Density = str | Callable[..., AbstractDistribution] | None
+
+
+class NPE:
+    r"""Neural posterior estimation: $q(\theta | x)$ of summaries x, trained on its likelihood and on its score.
+
+    The density is learned in standardised unconstrained coordinates v (`Standardiser`), where it minimises
+    $-\langle\log q\rangle$ + (score term). The target of $\nabla_v \log q$ is the joint score, moved to v, with the
+    prior's own: $L^T (J^T \nabla_\theta\log p(x,z|\theta) + \nabla_u \log p(u))$.
+
+    This object only collects simulations (`append` changes it and returns it); everything that is fitted is in
+    the frozen `Posterior`.
+
+    Args:
+        prior: A `Prior`, or anything with a `prior` (a simulator).
+        density: Name in `diffsbi.flows.FLOWS`, a constructor `(key, dim, condition_dim) -> distribution`, or
+            None for the default, "smooth".
+        score_weight: "auto" (the inverse covariance of the score's noise, measured: `MeasuredScore`), a
+            number $\lambda$ or one per direction of v (`WeightedScore`). 0 ignores the scores.
+        density_options: Further keywords of the density's constructor.
+    """
+
+    def __init__(
+        self, prior, density: Density = None, *, score_weight="auto", density_options: dict[str, Any] | None = None
+    ):
+        self.prior: Prior = prior if isinstance(prior, Prior) else prior.prior
+        self.density = "smooth" if density is None else density
+        if isinstance(self.density, str):
+            check_names([self.density], list(FLOWS), "density")
+        self.density_options = dict(density_options or {})
+        self.score_weight = _checked_weight(score_weight, self.prior.dim)
+        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+
+    def __len__(self) -> int:
+        return sum(len(theta) for theta, _, _ in self._rows)
+
+    def append(self, theta, x, score=None) -> "NPE":
+        r"""Add simulations and return this object.
+
+        Args:
+            theta: Parameters, (n, p).
+            x: Summaries, (n, d).
+            score: $\nabla_\theta \log p(x, z | \theta)$ without the prior's, (n, p); for all appended rows or for none.
+
+        Raises:
+            ValueError: Wrong shapes, values that are not finite, theta outside the prior, or scores for only some
+                of the rows.
+        """
+        theta, x = np.asarray(theta), np.asarray(x)
+        score = None if score is None else np.asarray(score)
+        self._check_shapes(theta, x, score)
+        check_finite("theta", theta)
+        check_finite("x", x)
+        if score is not None:
+            check_finite("score", score)
+        self.prior.check(theta)
+        self._rows.append((theta, x, score))
+        return self
+
+    def _check_shapes(self, theta, x, score):
+        p = self.prior.dim
+        if theta.ndim != 2 or theta.shape[1] != p:
+            raise ValueError(f"Expected theta with shape (n, {p}) for {list(self.prior.names)}; got {theta.shape}.")
+        if x.ndim != 2 or len(x) != len(theta) or x.shape[1] < 1:
+            raise ValueError(f"Expected x with shape ({len(theta)}, d), summaries of each row; got {x.shape}.")
+        if score is not None and score.shape != theta.shape:
+            raise ValueError(f"Expected score with shape {theta.shape}, as theta; got {score.shape}.")
+        if not self._rows:
+            return
+        _, x_before, score_before = self._rows[0]
+        if x.shape[1] != x_before.shape[1]:
+            raise ValueError(f"Expected x with {x_before.shape[1]} columns, as appended before; got {x.shape[1]}.")
+        if (score is None) != (score_before is None):
+            with_score = "with" if score_before is not None else "without"
+            raise ValueError(f"Expected rows {with_score} score, as appended before; got the opposite.")
+
+    def fit(
+        self,
+        key: Key,
+        *,
+        members: int = 1,
+        max_epochs: int = 2000,
+        batch_size: int | None = None,
+        patience: int | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        validation_fraction: float = 0.1,
+        progress: bool = False,
+    ) -> Posterior:
+        """Fit to all appended rows.
+
+        Args:
+            key: Initial weights, validation split and order of the rows.
+            members: Densities to fit, each with its own split and start; the posterior is their equal mixture.
+            max_epochs: Most epochs.
+            batch_size: Rows per step; by default 32 to 256, growing with the number of rows.
+            patience: Epochs without improvement before stopping; by default those of about 400 steps, at least 20.
+            learning_rate: First step size of Adam.
+            weight_decay: Decoupled weight decay: towards the linear-Gaussian answer.
+            validation_fraction: Rows kept aside to decide when to stop.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: Fewer than 10 rows.
+        """
+        check_key(key)
+        if len(self) < SMALLEST_N:
+            raise ValueError(f"Expected at least {SMALLEST_N} simulations to fit; got {len(self)}.")
+        if members < 1:
+            raise ValueError(f"Expected members >= 1; got {members}.")
+        rows = self._unconstrained_rows()
+        batch_size = batch_size or int(np.clip(len(self) // 10, 32, 256))
+        patience = patience or max(20, 400 * batch_size // len(self))
+        options = {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
+        options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
+        fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
+        config = {
+            "density": self.density if isinstance(self.density, str) else None,
+            "density_options": self.density_options,
+            "x_dim": int(rows["x"].shape[1]),
+            "members": members,
+            "simulations": len(self),
+        }
+        return Posterior(self.prior, tuple(m for m, _ in fits), tuple(h for _, h in fits), config)
+
+    def _unconstrained_rows(self) -> dict[str, np.ndarray]:
+        thetas, xs, scores = zip(*self._rows, strict=True)
+        theta, x = (jnp.asarray(np.concatenate(a), jnp.result_type(float)) for a in (thetas, xs))
+        rows = {"u": self.prior.to_unconstrained(theta), "x": x}
+        if scores[0] is not None and self._uses_scores():
+            score = jnp.asarray(np.concatenate(scores), jnp.result_type(float))
+            rows["score"] = posterior_score(self.prior, theta, score)
+            if isinstance(self.density, str) and not is_smooth(self.density):
+                warnings.warn(f"The density {self.density!r} is not smooth: its score cannot follow.", stacklevel=3)
+        for name, value in rows.items():
+            check_finite(f"{name} in unconstrained space", value)
+        return {name: np.asarray(value) for name, value in rows.items()}
+
+    def _uses_scores(self) -> bool:
+        return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))
+
+    def _fit_one(self, key, rows, validation_fraction, options):
+        key_split, key_density, key_fit = jax.random.split(key, 3)
+        train, held_out = split_rows(key_split, len(rows["u"]), validation_fraction)
+        standardiser = fit_standardiser(rows["u"][train], rows["x"][train])
+
+        def standardised(index):
+            c = standardiser.condition(jnp.asarray(rows["x"][index]))
+            out = {"v": standardiser.to_standard(jnp.asarray(rows["u"][index]), c), "c": c}
+            if "score" in rows:
+                out["score"] = standardiser.score_to_standard(jnp.asarray(rows["score"][index]))
+            return out
+
+        data = standardised(train)
+        density = build_density(key_density, self.density, self.prior.dim, data["c"].shape[1], self.density_options)
+        model, loss = self._model_and_loss(density, data)
+        model, history = fit(key_fit, model, data, standardised(held_out), loss, **options)
+        return Member(standardiser, model.density), history
+
+    def _model_and_loss(self, density, data) -> tuple[ScoredDensity, AbstractScoreLoss]:
+        if "score" not in data:
+            return ScoredDensity(density), NegativeLogLikelihood()
+        if isinstance(self.score_weight, str):
+            return ScoredDensity(density, first_noise(data["v"], data["score"])), MeasuredScore()
+        weight = jnp.broadcast_to(jnp.asarray(self.score_weight, data["v"].dtype), (self.prior.dim,))
+        return ScoredDensity(density), WeightedScore(weight)
+
+
+def build_density(key: Key, density: Density, dim: int, condition_dim: int, options: dict[str, Any]):
+    """The density with a linear part, untrained."""
+    constructor = FLOWS[density] if isinstance(density, str) else density
+    return with_linear_part(constructor(key, dim, condition_dim, **options))
+
+
+def _checked_weight(weight, dim: int) -> str | np.ndarray:
+    if isinstance(weight, str):
+        if weight != "auto":
+            raise ValueError(f"Expected score_weight 'auto', a number or {dim} numbers; got {weight!r}.")
+        return weight
+    value = np.asarray(weight, float)
+    if value.shape not in ((), (1,), (dim,)) or not np.all(np.isfinite(value)) or np.any(value < 0):
+        raise ValueError(f"Expected score_weight 'auto', a number >= 0 or {dim} of them; got {weight!r}.")
+    return value

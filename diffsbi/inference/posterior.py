@@ -1,0 +1,132 @@
+r"""A fitted posterior: draws and densities in theta, whatever the space that it was learned in."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flowjax.distributions import AbstractDistribution
+
+from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+from diffsbi.inference.standardise import Standardiser
+from diffsbi.inference.training import History
+from diffsbi.prior import Prior
+
+
+class Member(eqx.Module):
+    r"""One fitted density $q(v | c)$ with its coordinates; together $q(u | x) = q(v | c) |\partial v/\partial u|$."""
+
+    standardiser: Standardiser
+    density: AbstractDistribution
+
+    def log_prob(self, u: Float[Array, "*n p"], x: Float[Array, "*n d"]) -> Float[Array, "*n"]:
+        c = self.standardiser.condition(x)
+        return self.density.log_prob(self.standardiser.to_standard(u, c), c) + self.standardiser.log_det
+
+    def sample(self, key: Key, n: int, x: Float[Array, "*m d"]) -> Float[Array, "n *m p"]:
+        c = self.standardiser.condition(x)
+        return self.standardiser.from_standard(self.density.sample(key, (n,), c), c)
+
+
+class Posterior(eqx.Module):
+    r"""$q(\theta | x)$, an equal mixture of its members in unconstrained space: no draw leaves the prior's support.
+
+    Attributes:
+        prior: Names, supports, and the map to unconstrained space.
+        members: The fitted densities.
+        histories: How each of them was fitted.
+        config: What rebuilds the densities when loading (see `persist`).
+        default_x: The data that `sample` and `log_prob` use where they are given none.
+    """
+
+    prior: Prior
+    members: tuple[Member, ...]
+    histories: tuple[History, ...]
+    config: dict[str, Any] = eqx.field(static=True)
+    default_x: Array | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.prior.names
+
+    @property
+    def x_dim(self) -> int:
+        return self.members[0].standardiser.x_loc.shape[0]
+
+    @property
+    def history(self) -> History:
+        """The history of the first member."""
+        return self.histories[0]
+
+    def condition(self, x: Float[Array, " d"]) -> "Posterior":
+        """The same posterior with `x` as its default data."""
+        return eqx.tree_at(lambda p: p.default_x, self, self._data(x), is_leaf=lambda v: v is None)
+
+    def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None) -> Float[Array, "n *m p"]:
+        """`n` draws of theta, shape `(n, p)`; `(n, *m, p)` for data with leading dimensions.
+
+        Raises:
+            ValueError: If `n` < 1, or x has the wrong width, is not finite, or is missing.
+        """
+        check_key(key)
+        if n < 1:
+            raise ValueError(f"Expected n >= 1 draws; got {n}.")
+        return _sample(self._core(), key, n, self._data(x))
+
+    def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
+        """log q(theta | x), shape `(*n,)`; −inf, with zero gradient, outside the prior's support.
+
+        The leading dimensions of theta and x are broadcast against each other.
+        """
+        check_trailing("theta", theta, (self.prior.dim,))
+        return _log_prob(self._core(), jnp.asarray(theta, jnp.result_type(float)), self._data(x))
+
+    def score(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n p"]:
+        r"""$\nabla_\theta \log q(\theta | x)$, shape `(*n, p)`."""
+        check_trailing("theta", theta, (self.prior.dim,))
+        theta, core, data = jnp.asarray(theta, jnp.result_type(float)), self._core(), self._data(x)
+        return jax.grad(lambda t: jnp.sum(_log_prob(core, t, data)))(theta)
+
+    def save(self, path) -> None:
+        """Write one file that `load_posterior` reads back."""
+        from diffsbi.inference.persist import save_posterior
+
+        save_posterior(self, path)
+
+    def _core(self):
+        return self.prior, self.members
+
+    def _data(self, x) -> Array:
+        x = self.default_x if x is None else x
+        if x is None:
+            raise ValueError("Expected data x=..., or a posterior with default data from .condition(x); got neither.")
+        check_trailing("x", x, (self.x_dim,))
+        if not isinstance(x, jax.core.Tracer):
+            check_finite("x", np.asarray(x))
+        return jnp.asarray(x, jnp.result_type(float))
+
+
+@eqx.filter_jit
+def _sample(core, key, n, x):
+    prior, members = core
+    sizes = [n // len(members) + (i < n % len(members)) for i in range(len(members))]
+    keys = jax.random.split(key, len(members) + 1)
+    draws = [m.sample(k, size, x) for m, k, size in zip(members, keys[1:], sizes, strict=True) if size]
+    u = draws[0] if len(draws) == 1 else jax.random.permutation(keys[0], jnp.concatenate(draws))
+    return prior.from_unconstrained(u)
+
+
+@eqx.filter_jit
+def _log_prob(core, theta, x):
+    prior, members = core
+    batch = jnp.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
+    inside = prior.in_support(theta)
+    # Outside, evaluate inside instead: an infinite u must not make the gradient NaN.
+    safe = jnp.where(inside[..., None], theta, jnp.broadcast_to(prior.fiducial.astype(theta.dtype), theta.shape))
+    u = prior.to_unconstrained(safe)
+    wide_u, wide_x = (jnp.broadcast_to(a, (*batch, a.shape[-1])) for a in (u, x))
+    values = jnp.stack([m.log_prob(wide_u, wide_x) for m in members])
+    value = jax.nn.logsumexp(values, axis=0) - jnp.log(len(members))
+    value = value - jnp.broadcast_to(prior.log_det_jacobian(u), batch)
+    return jnp.where(jnp.broadcast_to(inside, batch), value, -jnp.inf)

@@ -1,0 +1,180 @@
+"""The one training loop. It knows no model: a loss is a callable of (params, static, batch, key)."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm.auto import tqdm
+
+from diffsbi._types import Array, Key, check_key
+
+Loss = Callable[[Any, Any, Any, Key], Array]
+
+_CLIP = 5.0  # global norm of the gradient above which a step is shortened
+_IMPROVEMENT = 1e-6
+_SMALLEST_RATE = 1e-2  # the learning rate falls to this fraction of its first value at most
+
+
+class History(eqx.Module):
+    """How a fit went: loss per epoch, which epoch was kept (0: before any step), and why it stopped.
+
+    `train[e]` is the mean loss over the batches of epoch e + 1 while it ran, `validation[e]` the loss on the
+    held-out rows after it.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    best_epoch: int
+    stop_reason: str
+    steps: int
+    first_validation: float
+
+    @property
+    def best_validation(self) -> float:
+        return float(self.first_validation if self.best_epoch == 0 else self.validation[self.best_epoch - 1])
+
+
+def split_rows(key: Key, n: int, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training and of the validation rows, disjoint and together all `n`; at least 2 to validate."""
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"Expected validation_fraction between 0 and 1; got {validation_fraction}.")
+    held_out = min(max(2, round(validation_fraction * n)), n - 1)
+    order = np.asarray(jax.random.permutation(key, n))
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def fit(
+    key: Key,
+    model,
+    train,
+    validation,
+    loss: Loss,
+    *,
+    max_epochs: int = 1000,
+    batch_size: int = 64,
+    patience: int = 50,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    progress: bool = False,
+) -> tuple[Any, History]:
+    """Minimise `loss` over the inexact arrays of `model` by Adam with clipped gradients; keep the best epoch.
+
+    The learning rate halves whenever a third of the patience passes without improvement. Batches are of equal size,
+    as near to `batch_size` as the rows allow, and are drawn anew in every epoch; an epoch is one compiled scan.
+
+    Args:
+        key: Order of the rows, and the key handed to the loss.
+        model: Any pytree.
+        train: Pytree of arrays with the training rows first.
+        validation: The same of the validation rows; the same ones in every epoch.
+        loss: (params, static, batch, key) → scalar mean over the batch, `eqx.combine(params, static)` the model.
+        max_epochs: Most epochs.
+        batch_size: Rows per step (fewer where there are fewer).
+        patience: Epochs without improvement of the validation loss before stopping.
+        learning_rate: First step size.
+        weight_decay: Pull of every parameter towards zero, per step and unit of step size (as AdamW).
+        progress: Show a progress bar.
+
+    Returns:
+        The model of the best epoch, and the `History`. A loss that is not finite ends the fit with a warning.
+    """
+    check_key(key)
+    for name, value in {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}.items():
+        if value < 1:
+            raise ValueError(f"Expected {name} >= 1; got {value}.")
+    if learning_rate <= 0:
+        raise ValueError(f"Expected learning_rate > 0; got {learning_rate}.")
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    n = jax.tree.leaves(train)[0].shape[0]
+    batches = -(-n // batch_size)
+    key_first, key = jax.random.split(key)
+    best, best_value = params, float(_evaluate(params, static, validation, key_first, loss))
+    progressed = _Progress(best_value, patience, learning_rate)
+    state = _optimizer().init(params)
+    for epoch in (bar := tqdm(range(1, max_epochs + 1), disable=not progress, desc="fit", unit="epoch")):
+        rates = jnp.asarray([progressed.rate, progressed.rate * weight_decay], jnp.result_type(float))
+        key_epoch = jax.random.fold_in(key, epoch)
+        step = _epoch(params, static, state, train, validation, key_epoch, rates, loss, batches)
+        params, state, train_value, value = step
+        if progressed.record(epoch, float(train_value), float(value)):
+            best = params
+        bar.set_postfix(validation=f"{float(value):.3f}", best=f"{progressed.best:.3f}")
+        if progressed.stop_reason:
+            break
+    return eqx.combine(best, static), progressed.history(batches)
+
+
+class _Progress:
+    """The bookkeeping of one fit: best value, learning rate, when to stop."""
+
+    def __init__(self, first: float, patience: int, rate: float):
+        self.first, self.best = first, first if np.isfinite(first) else np.inf
+        self.patience, self.rate, self.smallest = patience, rate, rate * _SMALLEST_RATE
+        self.best_epoch, self.since_cut, self.stop_reason = 0, 0, ""
+        self.train: list[float] = []
+        self.validation: list[float] = []
+
+    def record(self, epoch: int, train: float, validation: float) -> bool:
+        """Note one epoch; True when it is the best so far."""
+        self.train.append(train)
+        self.validation.append(validation)
+        if not (np.isfinite(train) and np.isfinite(validation)):
+            self.stop_reason = f"loss not finite at epoch {epoch}"
+            kept = f"epoch {self.best_epoch}" if self.best_epoch else "the untrained model"
+            warnings.warn(
+                f"The loss became {train} (train), {validation} (validation) at epoch {epoch}; kept {kept}. "
+                "Try a smaller learning_rate, and look for outliers in theta, x and score.",
+                stacklevel=3,
+            )
+            return False
+        improved = validation < self.best - _IMPROVEMENT
+        if improved:
+            self.best, self.best_epoch, self.since_cut = validation, epoch, 0
+            return True
+        self.since_cut += 1
+        if self.since_cut >= max(1, self.patience // 3):
+            self.rate, self.since_cut = max(0.5 * self.rate, self.smallest), 0
+        if epoch - self.best_epoch >= self.patience:
+            self.stop_reason = f"no improvement in {self.patience} epochs"
+        return False
+
+    def history(self, batches: int) -> History:
+        reason = self.stop_reason or "max_epochs reached"
+        steps = batches * len(self.train)
+        return History(
+            np.asarray(self.train), np.asarray(self.validation), self.best_epoch, reason, steps, float(self.first)
+        )
+
+
+def _optimizer() -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(_CLIP), optax.scale_by_adam())
+
+
+@eqx.filter_jit
+def _evaluate(params, static, rows, key, loss):
+    return loss(params, static, rows, key)
+
+
+@eqx.filter_jit
+def _epoch(params, static, state, train, validation, key, rates, loss, batches):
+    """One pass over the training rows and the validation loss after it."""
+    key_order, key_steps, key_validation = jax.random.split(key, 3)
+    n = jax.tree.leaves(train)[0].shape[0]
+    order = jax.random.permutation(key_order, n)[: batches * (n // batches)].reshape(batches, -1)
+
+    def step(carry, inputs):
+        params, state = carry
+        index, key = inputs
+        batch = jax.tree.map(lambda a: a[index], train)
+        value, gradient = jax.value_and_grad(loss)(params, static, batch, key)
+        updates, state = _optimizer().update(gradient, state, params)
+        params = jax.tree.map(lambda p, u: p - rates[0] * u - rates[1] * p, params, updates)
+        return (params, state), value
+
+    carry, values = jax.lax.scan(step, (params, state), (order, jax.random.split(key_steps, batches)))
+    return *carry, jnp.mean(values), loss(carry[0], static, validation, key_validation)
