@@ -25,7 +25,7 @@ class Survey(_Section):
     n_pix: int = 64
     side_deg: Positive = 5.0
     n_bins: Count = 5
-    sigma_e: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.26
+    sigma_e: Positive = 0.26
     density: Positive = 27.0
     field: Literal["lognormal", "gaussian"] = "lognormal"
     shift: str | float | list[float] = "perturbation"
@@ -83,12 +83,14 @@ class Summaries(_Section):
 
 
 class Flow(_Section):
-    """Neural posterior estimation, trained without and with scores (weighted by `score_weight`)."""
+    """Neural posterior estimation, trained without and with scores; see `diffsbi.inference.NPE`."""
 
-    score_weight: Positive = 1e-3
-    max_epochs: Count = 500
-    patience: Count = 30
-    batch_size: Count = 128
+    density: str = "smooth"
+    score_weight: Literal["auto"] | Positive = "auto"
+    members: Count = 1
+    max_epochs: Count = 2000
+    patience: Count | None = None
+    batch_size: Count | None = None
     learning_rate: Positive = 1e-3
     n_samples: Annotated[int, Field(ge=100)] = 4000
 

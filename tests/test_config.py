@@ -38,7 +38,7 @@ def test_resolved_settings_round_trip_through_yaml(tmp_path):
         ("zebra: 3", r"unknown key 'zebra'; expected one of \['name', 'seed'"),
         ("survey: {n_pix: 63}", "survey.n_pix: Expected a positive, even number of pixels; got 63"),
         ("survey: {n_pix: 0}", "survey.n_pix: Expected a positive, even number of pixels; got 0"),
-        ("survey:\n  n_bins: 5\n  sigma_e: -0.1", "line 3: survey.sigma_e: .* greater than or equal to 0; got -0.1"),
+        ("survey:\n  n_bins: 5\n  sigma_e: -0.1", "line 3: survey.sigma_e: .* greater than 0; got -0.1"),
         ("survey: {density: .nan}", "survey.density: .*got nan"),
         ("survey: {shift: table}", "survey.shift: Expected 'perturbation', 'published', a positive number .*'table'"),
         ("survey: {shift: [0.1, 0.2]}", r"Expected one shift per bin \(5\); got 2"),

@@ -1,0 +1,359 @@
+"""The whole path as stages of a run folder: observe, compress, simulate, infer, sample, compare."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsbi import diagnostics, inference, sampling, summaries
+from diffsbi._files import digest, load_npz, write_json
+from diffsbi._types import check_names
+from diffsbi.bands import Bands, pixel_area
+from diffsbi.config import Config
+from diffsbi.flows import FLOWS
+from diffsbi.observation import describe_units, parse_axis_order, read_map
+from diffsbi.runs import Run, start_run
+from diffsbi.simulators.lensing import LensingMaps, lsst_y10
+from diffsbi.store import Block, SimulationStore, create_store, open_store
+
+STREAMS = ("observation", "compression", "simulations", "npe", "npe_score", "power_spectrum", "full_field", "compare")
+METHODS = {
+    "npe": "NPE",
+    "npe_score": "NPE with scores",
+    "power_spectrum": "Power spectrum",
+    "full_field": "Full field (NUTS)",
+}
+
+__all__ = ["METHODS", "Analysis", "begin", "load_samples"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """One run and what its stages share. Every method does its stage once and loads its result afterwards."""
+
+    run: Run
+    config: Config
+    sim: LensingMaps
+    progress: bool = True
+
+    @functools.cached_property
+    def statistics(self):
+        survey = self.config.survey
+        return summaries.map_statistics(survey.n_pix, survey.side_deg, self.sim.noise, self.config.summaries.n_bands)
+
+    def observe(self) -> np.ndarray:
+        """The observed map `(n_bins, n_pix, n_pix)`, read from its file or simulated."""
+        self.run.once("observation", self._observe)
+        return load_npz(self.run.path("observation", "observation.npz"))["x"]
+
+    def compress(self):
+        """The score compression at the fiducial parameters."""
+        self.run.once("compression", self._compress)
+        arrays = load_npz(self.run.path("compression", "compression.npz"))
+        return summaries.ScoreCompression(**{name: jnp.asarray(value) for name, value in arrays.items()})
+
+    def simulate(self) -> SimulationStore:
+        """The training simulations: theta, statistics, score, and the maps if they are kept."""
+        self.run.once("simulations", self._simulate)
+        return open_store(self.run.path("simulations", "store.zarr"))
+
+    def infer(self, method: str):
+        """The neural posterior, `"npe"` without scores or `"npe_score"` with them."""
+        check_names([method], ["npe", "npe_score"], "method")
+        x, compress, store = self.observe(), self.compress(), self.simulate()
+        self.run.once(method, functools.partial(self._infer, method, x, compress, store))
+        return inference.load_posterior(self.run.path(method, "posterior"))
+
+    def power_spectrum(self) -> None:
+        """NUTS on the likelihood of the binned spectra."""
+        self.run.once("power_spectrum", functools.partial(self._power_spectrum, self.observe()))
+
+    def full_field(self) -> None:
+        """NUTS on the joint of parameters and latents."""
+        self.run.once("full_field", functools.partial(self._full_field, self.observe()))
+
+    def compare(self) -> dict:
+        """Means, widths, figures of merit and distances of the posteriors that are there."""
+        done = [name for name in METHODS if self.run.finished(name)]
+        if not done:
+            raise ValueError(f"Expected at least one posterior in {self.run.folder}; run `diffsbi infer` first.")
+        result = self._compare(done)
+        write_json(self.run.path("comparison.json"), result)
+        return result
+
+    def _observe(self, folder: Path) -> Mapping:
+        survey, settings = self.config.survey, self.config.observation
+        truth = None
+        if settings.file is not None:
+            x = read_map(settings.file, settings.axis_order, survey.n_bins, survey.n_pix)
+        else:
+            truth = _truth(self.sim, self.config)
+            theta = jnp.array([truth[name] for name in self.sim.names])
+            draws = self.sim.draw(self.run.key("observation"), 1, theta, with_score=False)
+            x = np.asarray(draws.x[0])
+        np.savez(folder / "observation.npz", x=x)
+        np.savez(folder / "spectra.npz", **_spectra(self.sim, x, truth, self.config))
+        account = {"file": settings.file, "sha256": settings.sha256, "truth": truth, "names": list(self.sim.names)}
+        return account | {"warnings": describe_units(x, self.sim.noise), "simulations": 0 if settings.file else 1}
+
+    def _compress(self, folder: Path) -> Mapping:
+        settings = self.config.summaries
+
+        def simulate(theta, key):
+            return self.sim.draw_one(key, theta)[2]
+
+        compression = summaries.score_compression(
+            self.statistics,
+            simulate,
+            self.sim.fiducial,
+            self.run.key("compression"),
+            n_covariance=settings.n_covariance,
+            n_derivative=settings.n_derivative,
+            progress=self.progress,
+        )
+        arrays = {name: np.asarray(getattr(compression, name)) for name in ("theta0", "mean", "matrix", "fisher")}
+        np.savez(folder / "compression.npz", **arrays)
+        return {"simulations": compression.n_simulations, "statistics": len(self.statistics.names)}
+
+    def _simulate(self, folder: Path) -> Mapping:
+        settings, survey = self.config.simulations, self.config.survey
+        arrays = {"theta": (self.sim.prior.dim,), "score": (self.sim.prior.dim,)}
+        arrays |= {"statistics": (len(self.statistics.names),)}
+        if settings.keep_maps:
+            arrays["x"] = (survey.n_bins, survey.n_pix, survey.n_pix)
+        resolved = self.config.resolved()
+        store = create_store(
+            folder / "store.zarr",
+            config={key: resolved[key] for key in ("survey", "simulations", "summaries")},
+            seed=self.config.seed,
+            names=self.sim.names,
+            n=settings.n,
+            arrays=arrays,
+            block_size=settings.block_size,
+        )
+        for block in _with_progress(store, self.progress):
+            store.write(block, self._simulate_block(block))
+        return {
+            "simulations": settings.n,
+            "nonfinite": int(len(_bad_rows(store.load(["theta", "score", "statistics"])))),
+        }
+
+    def _simulate_block(self, block: Block) -> dict[str, np.ndarray]:
+        settings = self.config.simulations
+        key = self.run.key("simulations")
+        draws = self.sim.draw(key, len(block), start=block.start, batch_size=len(block), latents=settings.latents)
+        rows = {"theta": draws.theta, "score": draws.score, "statistics": _over_rows(self.statistics, draws.x)}
+        if settings.keep_maps:
+            rows["x"] = draws.x
+        return {name: np.asarray(value) for name, value in rows.items()}
+
+    def _infer(self, method: str, x, compress, store, folder: Path) -> Mapping:
+        settings = self.config.flow
+        rows, dropped = self._usable_rows(store)
+        with_score = method == "npe_score"
+        key_fit, key_sample = jax.random.split(self.run.key(method))
+        t = compress(rows["statistics"])
+        observed = compress(self.statistics(jnp.asarray(x)))
+        npe = inference.NPE(self.sim.prior, settings.density, score_weight=settings.score_weight)
+        npe.append(rows["theta"], t, rows["score"] if with_score else None)
+        posterior = npe.fit(
+            key_fit,
+            members=settings.members,
+            max_epochs=settings.max_epochs,
+            patience=settings.patience,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            progress=self.progress,
+        )
+        posterior = posterior.condition(observed)
+        posterior.save(folder / "posterior")
+        theta = np.asarray(posterior.sample(key_sample, settings.n_samples))
+        np.savez(folder / "samples.npz", theta=theta[None])
+        histories = [_curve(history) for history in posterior.histories]
+        write_json(folder / "history.json", histories)
+        return {
+            "rows": len(rows["theta"]),  # reused, not simulated for this stage
+            "dropped": dropped,
+            "steps": sum(history.steps for history in posterior.histories),
+            "stop_reasons": [history.stop_reason for history in posterior.histories],
+            "warnings": _outside_training(self.sim.names, np.asarray(observed), np.asarray(t)),
+        }
+
+    def _usable_rows(self, store: SimulationStore) -> tuple[dict[str, np.ndarray], int]:
+        rows = store.load(["theta", "score", "statistics"])
+        bad = _bad_rows(rows)
+        allowed = self.config.simulations.max_nonfinite
+        if len(bad) > allowed:
+            where = dict(zip(store.names, map(float, rows["theta"][bad[0]]), strict=True))
+            raise ValueError(
+                f"Expected at most {allowed} non-finite simulations (simulations.max_nonfinite); got {len(bad)} of "
+                f"{store.n}, the first at row {bad[0]}, {where}. Dropping them biases the posterior."
+            )
+        return {name: np.delete(value, bad, axis=0) for name, value in rows.items()}, len(bad)
+
+    def _power_spectrum(self, x, folder: Path) -> Mapping:
+        settings = self.config.power_spectrum
+        chains = sampling.power_spectrum_posterior(
+            self.sim,
+            jnp.asarray(x),
+            self.run.key("power_spectrum"),
+            n_chains=settings.n_chains,
+            n_warmup=settings.n_warmup,
+            n_draws=settings.n_draws,
+            progress=self.progress,
+        )
+        return _save_chains(chains, folder)
+
+    def _full_field(self, x, folder: Path) -> Mapping:
+        settings = self.config.full_field
+        chains = sampling.full_field_posterior(
+            self.sim,
+            jnp.asarray(x),
+            self.run.key("full_field"),
+            n_chains=settings.n_chains,
+            n_warmup=settings.n_warmup,
+            n_draws=settings.n_draws,
+            latents=settings.latents,
+            folder=folder / "blocks",
+            progress=self.progress,
+        )
+        return _save_chains(chains, folder)
+
+    def _compare(self, done: list[str]) -> dict:
+        samples = {name: load_samples(self.run, name) for name in done}
+        names = self.sim.names
+        pairs = self.config.compare.pairs
+        result = {"names": list(names), "methods": {}, "reference": "full_field" if "full_field" in done else None}
+        for name, theta in samples.items():
+            flat = theta.reshape(-1, theta.shape[-1])
+            figures = {",".join(p): _figure_of_merit(flat, [names.index(n) for n in p]) for p in pairs}
+            row = {"mean": flat.mean(0).tolist(), "std": flat.std(0, ddof=1).tolist(), "figure_of_merit": figures}
+            result["methods"][name] = row | {"account": self.run.account(name)}
+        return result
+
+
+def _figure_of_merit(theta, columns) -> float:
+    return float(diagnostics.figure_of_merit(theta[:, columns]))
+
+
+def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analysis:
+    """Open (or go on with) the run of `config` in `folder`.
+
+    The observation's file is checked, and its SHA-256 becomes part of the configuration, before anything is written.
+
+    Raises:
+        FileNotFoundError, ValueError: If the observation, the survey or the folder is not as it must be.
+    """
+    settings = config.observation
+    sim = lsst_y10(**config.survey.model_dump())
+    check_names(list(settings.truth), sim.names)
+    check_names([name for pair in config.compare.pairs for name in pair], sim.names)
+    check_names([config.flow.density], list(FLOWS), "density")
+    for section in (config.simulations, config.full_field):
+        sim.transport(section.latents)
+    sim.prior.check([_truth(sim, config)[name] for name in sim.names])
+    if settings.file is not None:
+        read_map(settings.file, settings.axis_order, config.survey.n_bins, config.survey.n_pix)
+        path = Path(settings.file).resolve()
+        observation = settings.model_copy(update={"file": str(path), "sha256": digest(path)})
+        config = config.model_copy(update={"observation": observation})
+    elif settings.axis_order is not None:
+        parse_axis_order(settings.axis_order, ())
+    return Analysis(start_run(folder, config.resolved(), STREAMS), config, sim, progress)
+
+
+def _truth(sim, config: Config) -> dict[str, float]:
+    """The parameters of a simulated observation."""
+    fiducial = dict(zip(sim.names, map(float, sim.fiducial), strict=True))
+    return fiducial | config.observation.truth
+
+
+def load_samples(run: Run, method: str) -> np.ndarray:
+    """Posterior draws of one method, `(chains, draws, p)`."""
+    run.check(method)
+    return load_npz(run.path(method, "samples.npz"))["theta"]
+
+
+def _spectra(sim, x, truth: Mapping | None, config: Config) -> dict[str, np.ndarray]:
+    """Band powers of the map, and signal-plus-noise theory with its Gaussian scatter at the truth (or fiducial)."""
+    survey = config.survey
+    bands = Bands(survey.n_pix, survey.side_deg, config.summaries.n_bands)
+    theta = sim.fiducial if truth is None else jnp.array([truth[name] for name in sim.names])
+    ell, weights = bands.quadrature()
+    n_pairs = len(sim.pairs)
+    theory = np.asarray(sim.spectra(theta, ell.ravel())).reshape(n_pairs, *ell.shape)
+    theory = (theory * weights).sum(-1)
+    noise = np.asarray(sim.noise) ** 2 * pixel_area(survey.n_pix, survey.side_deg)
+    total = theory + np.array([noise[i] if i == j else 0.0 for i, j in sim.pairs])[:, None]
+    auto = {i: total[k] for k, (i, j) in enumerate(sim.pairs) if i == j}
+    scatter = [np.sqrt((auto[i] * auto[j] + total[k] ** 2) / bands.mode_counts) for k, (i, j) in enumerate(sim.pairs)]
+    measured = np.asarray(bands(jnp.asarray(x)))
+    return {
+        "ell": bands.ell_effective,
+        "measured": measured,
+        "theory": total,
+        "scatter": np.array(scatter),
+        "noise": noise,
+        "pairs": np.array(sim.pairs),
+    }
+
+
+@eqx.filter_jit
+def _over_rows(function: Callable, x):
+    """`function` of each row, one after the other: bounded memory."""
+    return jax.lax.map(function, x)
+
+
+def _with_progress(store: SimulationStore, progress: bool):
+    """The missing blocks, with a bar over rows that starts at those that are done."""
+    from tqdm.auto import tqdm
+
+    missing = store.missing()
+    done = store.n - sum(map(len, missing))
+    with tqdm(total=store.n, initial=done, disable=not progress, desc="simulate", unit="sim") as bar:
+        for block in missing:
+            yield block
+            bar.update(len(block))
+
+
+def _bad_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Indices of the rows with a value that is not finite."""
+    finite = [np.isfinite(value.reshape(len(value), -1)).all(1) for value in rows.values()]
+    return np.flatnonzero(~np.all(finite, axis=0))
+
+
+def _curve(history) -> dict:
+    return {
+        "train": history.train.tolist(),
+        "validation": history.validation.tolist(),
+        "best_epoch": int(history.best_epoch),
+    }
+
+
+def _outside_training(names, observed, t) -> list[str]:
+    low, high = t.min(0), t.max(0)
+    return [
+        f"summary of {name}: the observed {value:.4g} lies outside the simulated range [{a:.4g}, {b:.4g}]; "
+        "the neural posterior extrapolates there."
+        for name, value, a, b in zip(names, observed, low, high, strict=True)
+        if not a <= value <= b
+    ]
+
+
+def _save_chains(chains, folder: Path) -> Mapping:
+    """Write the draws; return R-hat, effective sample sizes and gradient count as the account."""
+    theta = np.asarray(chains.theta)
+    np.savez(folder / "samples.npz", theta=theta)
+    summary = chains.summary()
+    return {
+        "gradients": int(np.sum(chains.gradients)),
+        "rhat": {name: float(summary[name]["rhat"]) for name in chains.names},
+        "ess": {name: float(summary[name]["ess"]) for name in chains.names},
+        "chains": theta.shape[0],
+        "draws": theta.shape[1],
+    }

@@ -1,0 +1,241 @@
+"""Every figure of the project, from arrays: the only importer of matplotlib and getdist besides the report."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+LABELS = {
+    "omega_c": r"\Omega_c",
+    "omega_b": r"\Omega_b",
+    "sigma_8": r"\sigma_8",
+    "h_0": r"h",
+    "n_s": r"n_s",
+    "w_0": r"w_0",
+}
+# Okabe and Ito's colours: told apart by colour-blind readers and in print.
+COLORS = {"full_field": "#666666", "npe_score": "#D55E00", "npe": "#0072B2", "power_spectrum": "#009E73"}
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "lines.linewidth": 1.3,
+    "savefig.dpi": 160,
+    "figure.dpi": 110,
+}
+
+__all__ = ["COLORS", "LABELS", "contours", "maps", "save", "spectra", "training_curves", "two_moons"]
+
+
+def label(name: str) -> str:
+    """A parameter's name as mathematics."""
+    plain = name.replace("_", r"\_")
+    return f"${LABELS.get(name, plain)}$"
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure, its folder too; the format follows the suffix."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, bbox_inches="tight", facecolor="white")
+    return path
+
+
+def maps(x, side_deg: float, *, rows: Sequence[str] = ("observed",)) -> Figure:
+    """Convergence maps, one column for each bin and one row for each set of maps.
+
+    Args:
+        x: `(n_bins, n, n)`, or `(n_rows, n_bins, n, n)`; dimensionless.
+        side_deg: Side of a map, in degrees.
+        rows: A title for each row.
+    """
+    x = np.asarray(x)
+    x = x[None] if x.ndim == 3 else x
+    n_rows, n_bins = x.shape[:2]
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(1.9 * n_bins + 0.9, 2.0 * n_rows + 0.5)
+        axes = figure.subplots(n_rows, n_bins, squeeze=False)
+        for r, row in enumerate(axes):
+            limit = 3 * x[r].std()
+            for i, axis in enumerate(row):
+                image = axis.imshow(x[r, i], origin="lower", extent=(0, side_deg, 0, side_deg), cmap="RdBu_r",
+                                    vmin=-limit, vmax=limit)  # fmt: skip
+                axis.set(xticks=[0, side_deg / 2, side_deg], yticks=[0, side_deg / 2, side_deg])
+                axis.tick_params(labelleft=i == 0, labelbottom=r == n_rows - 1)
+                if r == 0:
+                    axis.set_title(f"bin {i + 1}")
+            row[0].set_ylabel(f"{rows[r]}\ndeg")
+            bar = figure.colorbar(image, ax=list(row), shrink=0.85, pad=0.01, aspect=18, extend="both")
+            bar.set_label(r"convergence $\kappa$")
+        for axis in axes[-1]:
+            axis.set_xlabel("deg")
+    return figure
+
+
+def spectra(
+    ell, measured, theory, scatter, noise, pairs, *, measured_label="map", theory_label="theory + noise"
+) -> Figure:
+    r"""Band powers against theory, a lower triangle of panels.
+
+    Args:
+        ell: Multipole of every band, `(n_bands,)`.
+        measured: $C_\ell$ of the maps, `(n_pairs, n_bands)`.
+        theory: Expected $C_\ell$, noise included, same shape.
+        scatter: One standard deviation of `measured`, same shape.
+        noise: Noise power of each bin, `(n_bins,)`.
+        pairs: The two bins of each row, `(n_pairs, 2)`.
+    """
+    n = len(noise)
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(1.75 * n + 0.8, 1.45 * n + 0.6)
+        axes = figure.subplots(n, n, sharex=True, sharey=True, squeeze=False)
+        for i, j in np.ndindex(n, n):
+            axes[i, j].set_visible(j <= i)
+        unit = 1e9
+        for k, (i, j) in enumerate(np.asarray(pairs)):
+            axis = axes[max(i, j), min(i, j)]
+            axis.fill_between(ell, unit * (theory[k] - scatter[k]), unit * (theory[k] + scatter[k]), color=CYCLE[0],
+                              alpha=0.2, lw=0)  # fmt: skip
+            axis.plot(ell, unit * theory[k], color=CYCLE[0])
+            axis.plot(ell, unit * measured[k], "o", ms=2.6, color="#222222")
+            if i == j:
+                axis.axhline(unit * noise[i], color="#888888", lw=0.8, ls=":")
+            axis.set(xscale="log", yscale="log")
+            axis.text(0.95, 0.92, f"{min(i, j) + 1} × {max(i, j) + 1}", transform=axis.transAxes, ha="right", va="top")
+        low = unit * min(np.abs(theory).min(), np.min(noise))
+        axes[0, 0].set_ylim(0.3 * low, 3 * unit * theory.max())
+        for i in range(n):
+            axes[-1, i].set_xlabel(r"multipole $\ell$")
+            axes[i, 0].set_ylabel(r"$10^9\,C_\ell$")
+        handles = [
+            Line2D([], [], marker="o", ms=3, ls="", color="#222222", label=measured_label),
+            Line2D([], [], color=CYCLE[0], label=f"{theory_label}, ±1σ"),
+            Line2D([], [], color="#888888", lw=0.8, ls=":", label="noise"),
+        ]
+        figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.97, 0.97))
+    return figure
+
+
+def training_curves(histories: Mapping[str, Sequence[Mapping]], titles: Mapping[str, str] | None = None) -> Figure:
+    """Training and validation loss of every member of every fit, and the epoch that was kept."""
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(3.4 * len(histories), 2.5)
+        axes = figure.subplots(1, len(histories), squeeze=False)[0]
+        for axis, (name, members) in zip(axes, histories.items(), strict=True):
+            color = COLORS.get(name, CYCLE[0])
+            for m, history in enumerate(members):
+                epochs = np.arange(1, len(history["train"]) + 1)
+                axis.plot(epochs, history["train"], color=color, alpha=0.35, label="training" if m == 0 else None)
+                axis.plot(epochs, history["validation"], color=color, label="validation" if m == 0 else None)
+                axis.axvline(history["best_epoch"], color="#888888", lw=0.8, ls=":", label="kept" if m == 0 else None)
+            values = np.concatenate([np.r_[h["train"], h["validation"]] for h in members])
+            values = values[np.isfinite(values)]
+            if len(values):
+                low, high = values.min(), np.percentile(values, 97)
+                axis.set_ylim(low - 0.08 * (high - low), high + 0.1 * (high - low))
+            axis.set(xlabel="epoch", ylabel="loss", title=(titles or {}).get(name, name))
+            axis.legend()
+    return figure
+
+
+def contours(
+    samples: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    *,
+    truth: Mapping[str, float] | None = None,
+    titles: Mapping[str, str] | None = None,
+    bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
+    width: float = 7.5,
+) -> Figure:
+    """68 % and 95 % contours of several posteriors (GetDist).
+
+    Args:
+        samples: Method → draws `(n, p)`; the first one is filled, the others are lines.
+        names: The p parameters.
+        truth: Values to be marked.
+        titles: Method → legend entry.
+        bounds: Parameter → hard limits of its prior (None for an open side).
+        width: In inches.
+    """
+    import getdist
+    from getdist import plots
+
+    getdist.chains.print_load_details = False
+    labels = [LABELS.get(name, name.replace("_", r"\_")) for name in names]
+    settings = {"ignore_rows": 0, "smooth_scale_1D": 0.35, "smooth_scale_2D": 0.4}
+    ranges = {name: list(limits) for name, limits in (bounds or {}).items()}
+    chains = [
+        getdist.MCSamples(
+            samples=np.asarray(draws, float),
+            names=list(names),
+            labels=labels,
+            ranges=ranges,
+            settings=settings,
+            label=(titles or {}).get(method, method),
+        )  # fmt: skip
+        for method, draws in samples.items()
+    ]
+    plotter = plots.get_subplot_plotter(width_inch=width)
+    plotter.settings.figure_legend_frame = False
+    plotter.settings.alpha_filled_add = 0.5
+    plotter.settings.axes_fontsize, plotter.settings.lab_fontsize, plotter.settings.legend_fontsize = 8, 11, 10
+    colors = [COLORS.get(method, CYCLE[i % len(CYCLE)]) for i, method in enumerate(samples)]
+    lines = {"contour_colors": colors, "contour_lws": 1.2, "filled": [i == 0 for i in range(len(chains))]}
+    marker = {"lw": 0.8, "color": "#666666"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=matplotlib.MatplotlibDeprecationWarning)
+        plotter.triangle_plot(chains, list(names), markers=dict(truth or {}), marker_args=marker, **lines)
+    return plotter.fig
+
+
+def two_moons(
+    extent: float | Sequence[float], densities: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray], cut: Mapping
+) -> Figure:
+    """Densities on a grid, and one component of their scores along a line through them.
+
+    Args:
+        extent: (x0, x1, y0, y1) of the grid.
+        densities: Title → log-density on the grid `(n, n)`, rows along y.
+        scores: Title → score component along the line, `(m,)`.
+        cut: `"x"`, the positions `(m,)`, and `"y"`, the line's height.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(2.5 * len(densities), 4.9)
+        grid = figure.add_gridspec(2, len(densities), height_ratios=(1.25, 1))
+        top = max(np.max(v) for v in densities.values())
+        for i, (title, log_density) in enumerate(densities.items()):
+            axis = figure.add_subplot(grid[0, i])
+            image = axis.imshow(log_density, origin="lower", extent=extent, cmap="viridis", vmin=top - 10, vmax=top)
+            axis.axhline(cut["y"], color="white", lw=0.8, ls=":")
+            axis.set(title=title, xlabel=r"$\theta_1$", ylabel=r"$\theta_2$" if i == 0 else None)
+        figure.colorbar(image, ax=figure.axes, shrink=0.9, pad=0.01, extend="min").set_label("log density")
+        axis = figure.add_subplot(grid[1, :])
+        for i, (title, score) in enumerate(scores.items()):
+            exact = title.lower().startswith("exact")
+            color = "#222222" if exact else CYCLE[i % len(CYCLE)]
+            axis.plot(cut["x"], score, color=color, lw=2.2 if exact else 1.0, alpha=0.5 if exact else 1, label=title)
+        limit = 1.6 * np.nanpercentile(np.abs(next(iter(scores.values()))), 99)
+        axis.set(
+            xlabel=rf"$\theta_1$ along $\theta_2 = {cut['y']:g}$", ylabel=r"$\partial_1 \log p$", ylim=(-limit, limit)
+        )
+        axis.legend(ncols=len(scores))
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure outside pyplot: nothing global, nothing to close."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
