@@ -1,0 +1,130 @@
+"""Blocks of a chain on disk: written whole, checked when read, so that a killed run goes on where it stopped."""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsbi._files import differences, explain_full_disk, load_npz, read_json, write_json
+from diffsbi.sampling.chains import write_npz
+
+VERSION = 1
+START = "log_density_at_start"
+
+
+class BlockStore:
+    """`sampler.json` (the configuration) and, for each group of chains, its blocks and the state after the last.
+
+    The state of a block is written before the block, the state before it removed after: whenever the run is killed,
+    the last whole block has its state.
+
+    Raises:
+        ValueError: If the folder holds blocks of another configuration or target, naming the differences.
+    """
+
+    def __init__(self, folder, configuration: dict):
+        self.folder = Path(folder)
+        path = self.folder / "sampler.json"
+        configuration = dict(configuration, version=VERSION)
+        if path.exists():
+            _same(path, read_json(path), configuration)
+        elif any(self.folder.glob("group*_block*.npz")):
+            raise ValueError(f"Expected {path} beside the blocks of a chain; it is missing.")
+        else:
+            with explain_full_disk(self.folder, "the sampler's configuration"):
+                write_json(path, configuration)
+
+    def count(self, group: int) -> int:
+        """Whole blocks of this group."""
+        k = 0
+        while self._block(group, k).exists():
+            k += 1
+        return k
+
+    def append(self, group: int, k: int, record: dict[str, np.ndarray], state) -> None:
+        """Write block `k` of a group and the state after it."""
+        with explain_full_disk(self.folder, f"block {k} of the chains"):
+            _write(self._state(group, k), _pack(state))
+            _write(self._block(group, k), record)
+        if k > 0:
+            self._state(group, k - 1).unlink(missing_ok=True)
+
+    def read(self, group: int, k: int) -> dict[str, np.ndarray]:
+        """Block `k` of a group; `ValueError` names a damaged file."""
+        return _read(self._block(group, k))
+
+    def read_state(self, group: int, k: int, like):
+        """The state after block `k`, a pytree as `like`."""
+        arrays = _read(self._state(group, k))
+        try:
+            return _unpack(arrays, like)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"Expected {self._state(group, k)} to hold this sampler's state; {error}.") from error
+
+    def _block(self, group: int, k: int) -> Path:
+        return self.folder / f"group{group:02d}_block{k:05d}.npz"
+
+    def _state(self, group: int, k: int) -> Path:
+        return self.folder / f"group{group:02d}_state{k:05d}.npz"
+
+
+def array_digest(*arrays) -> str:
+    """SHA-256 of arrays: their types, shapes and values."""
+    total = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        total.update(f"{array.dtype.str}{array.shape}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def _same(path: Path, there: dict, here: dict) -> None:
+    there, here = dict(there), dict(here)
+    start, wanted = np.asarray(there.pop(START, [])), np.asarray(here.pop(START, []))
+    found = differences(there, here)
+    if found:
+        lines = "; ".join(found)
+        raise ValueError(f"Expected {path.parent} to hold chains of this configuration; it differs in {lines}.")
+    if start.shape != wanted.shape or not np.allclose(start, wanted, rtol=1e-3, atol=1e-2):
+        values = f"at the starting points its log-density was {start.tolist()}, now it is {wanted.tolist()}"
+        raise ValueError(f"Expected {path.parent} to hold chains of this target; {values}.")
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    digest = array_digest(*[arrays[name] for name in sorted(arrays)])
+    write_npz(path, arrays | dict(sha256=np.frombuffer(digest.encode(), np.uint8)))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        arrays = load_npz(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"Expected the file {path}; it is missing. Remove {path.parent} to sample anew.") from error
+    digest = bytes(arrays.pop("sha256", np.zeros(0, np.uint8))).decode("ascii", "replace")
+    if digest != array_digest(*[arrays[name] for name in sorted(arrays)]):
+        raise ValueError(f"Expected {path} with checksum {digest or '(none)'}; its content has another: it is damaged.")
+    return arrays
+
+
+def _is_key(leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _pack(state) -> dict[str, np.ndarray]:
+    leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(state)]
+    return {f"leaf{i:03d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+
+
+def _unpack(arrays: dict[str, np.ndarray], like):
+    leaves, structure = jax.tree.flatten(like)
+    out = []
+    for i, leaf in enumerate(leaves):
+        value = arrays[f"leaf{i:03d}"]
+        shape = jax.random.key_data(leaf).shape if _is_key(leaf) else leaf.shape
+        if value.shape != shape:
+            raise ValueError(f"leaf {i} has shape {value.shape}, not {shape}")
+        value = jnp.asarray(value)
+        out.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value)
+    return jax.tree.unflatten(structure, out)
