@@ -2,5 +2,6 @@
 
 from diffsbi.sampling.chains import Chains, Estimate, load_chains
 from diffsbi.sampling.nuts import nuts
+from diffsbi.sampling.power_spectrum import BandPowerLikelihood, power_spectrum_posterior
 
-__all__ = ["Chains", "Estimate", "load_chains", "nuts"]
+__all__ = ["BandPowerLikelihood", "Chains", "Estimate", "load_chains", "nuts", "power_spectrum_posterior"]
