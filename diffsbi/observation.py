@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from diffsbi._types import check_finite
+from diffsbi.bands import Bands, pixel_area
 
 AXES = ("bin", "row", "column")
 
-__all__ = ["describe_units", "parse_axis_order", "read_map"]
+__all__ = ["band_spectra", "describe_units", "parse_axis_order", "read_map"]
 
 
 def parse_axis_order(axis_order: str | None, shape: tuple[int, ...]) -> tuple[str, str, str]:
@@ -78,3 +80,22 @@ def describe_units(x: np.ndarray, noise) -> list[str]:
                 "is the map smoothed, masked, in other units, or from another survey?"
             )
     return found
+
+
+def band_spectra(sim, x: np.ndarray, theta, n_bands: int) -> dict[str, np.ndarray]:
+    """Band powers of the maps `x`, and theory plus noise at `theta` with its Gaussian scatter.
+
+    Returns:
+        `ell (n_bands,)`; `measured`, `theory`, `scatter` `(n_pairs, n_bands)`; `noise (n_bins,)`; `pairs (n_pairs, 2)`.
+    """
+    bands = Bands(sim.n_pix, sim.side_deg, n_bands)
+    ell, weights = bands.quadrature()
+    signal = np.asarray(jax.jit(lambda theta: sim.spectra(theta, ell.ravel()))(theta))
+    signal = signal.reshape(len(sim.pairs), *ell.shape)
+    noise = np.asarray(sim.noise) ** 2 * pixel_area(sim.n_pix, sim.side_deg)
+    theory = (signal * weights).sum(-1) + np.array([noise[i] if i == j else 0.0 for i, j in sim.pairs])[:, None]
+    auto = {i: row for (i, j), row in zip(sim.pairs, theory, strict=True) if i == j}
+    product = np.array([auto[i] * auto[j] for i, j in sim.pairs])
+    scatter = np.sqrt((product + theory**2) / np.asarray(bands.mode_counts))
+    spectra = {"measured": np.asarray(bands(x)), "theory": theory, "scatter": scatter}
+    return spectra | {"ell": bands.ell_effective, "noise": noise, "pairs": np.array(sim.pairs)}

@@ -13,10 +13,9 @@ import numpy as np
 from diffsbi import diagnostics, inference, sampling, summaries
 from diffsbi._files import digest, load_npz, write_json
 from diffsbi._types import check_names
-from diffsbi.bands import Bands, pixel_area
 from diffsbi.config import Config
 from diffsbi.flows import FLOWS
-from diffsbi.observation import describe_units, parse_axis_order, read_map
+from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
 from diffsbi.runs import Run, start_run
 from diffsbi.simulators.lensing import LensingMaps, lsst_y10
 from diffsbi.store import Block, SimulationStore, create_store, open_store
@@ -29,7 +28,7 @@ METHODS = {
     "full_field": "Full field (NUTS)",
 }
 
-__all__ = ["METHODS", "Analysis", "begin", "load_samples"]
+__all__ = ["METHODS", "STAGES", "Analysis", "begin", "load_samples"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,9 @@ class Analysis:
             draws = self.sim.draw(self.run.key("observation"), 1, theta, with_score=False)
             x = np.asarray(draws.x[0])
         np.savez(folder / "observation.npz", x=x)
-        np.savez(folder / "spectra.npz", **_spectra(self.sim, x, truth, self.config))
+        theta = self.sim.fiducial if truth is None else jnp.array([truth[name] for name in self.sim.names])
+        spectra = band_spectra(self.sim, x, theta, self.config.summaries.n_bands)
+        np.savez(folder / "spectra.npz", **spectra)
         account = {"file": settings.file, "sha256": settings.sha256, "truth": truth, "names": list(self.sim.names)}
         return account | {"warnings": describe_units(x, self.sim.noise), "simulations": 0 if settings.file else 1}
 
@@ -279,30 +280,6 @@ def load_samples(run: Run, method: str) -> np.ndarray:
     return load_npz(run.path(method, "samples.npz"))["theta"]
 
 
-def _spectra(sim, x, truth: Mapping | None, config: Config) -> dict[str, np.ndarray]:
-    """Band powers of the map, and signal-plus-noise theory with its Gaussian scatter at the truth (or fiducial)."""
-    survey = config.survey
-    bands = Bands(survey.n_pix, survey.side_deg, config.summaries.n_bands)
-    theta = sim.fiducial if truth is None else jnp.array([truth[name] for name in sim.names])
-    ell, weights = bands.quadrature()
-    n_pairs = len(sim.pairs)
-    theory = np.asarray(sim.spectra(theta, ell.ravel())).reshape(n_pairs, *ell.shape)
-    theory = (theory * weights).sum(-1)
-    noise = np.asarray(sim.noise) ** 2 * pixel_area(survey.n_pix, survey.side_deg)
-    total = theory + np.array([noise[i] if i == j else 0.0 for i, j in sim.pairs])[:, None]
-    auto = {i: total[k] for k, (i, j) in enumerate(sim.pairs) if i == j}
-    scatter = [np.sqrt((auto[i] * auto[j] + total[k] ** 2) / bands.mode_counts) for k, (i, j) in enumerate(sim.pairs)]
-    measured = np.asarray(bands(jnp.asarray(x)))
-    return {
-        "ell": bands.ell_effective,
-        "measured": measured,
-        "theory": total,
-        "scatter": np.array(scatter),
-        "noise": noise,
-        "pairs": np.array(sim.pairs),
-    }
-
-
 @eqx.filter_jit
 def _over_rows(function: Callable, x):
     """`function` of each row, one after the other: bounded memory."""
@@ -346,14 +323,28 @@ def _outside_training(names, observed, t) -> list[str]:
 
 
 def _save_chains(chains, folder: Path) -> Mapping:
-    """Write the draws; return R-hat, effective sample sizes and gradient count as the account."""
-    theta = np.asarray(chains.theta)
-    np.savez(folder / "samples.npz", theta=theta)
+    """Write the draws; return their convergence and cost as the account."""
+    chains.save(folder)
+    np.savez(folder / "samples.npz", theta=chains.theta)
     summary = chains.summary()
     return {
-        "gradients": int(np.sum(chains.gradients)),
-        "rhat": {name: float(summary[name]["rhat"]) for name in chains.names},
-        "ess": {name: float(summary[name]["ess"]) for name in chains.names},
-        "chains": theta.shape[0],
-        "draws": theta.shape[1],
+        "gradients": chains.gradients,
+        "rhat": {name: row.rhat for name, row in summary.items()},
+        "ess": {name: row.ess_bulk for name, row in summary.items()},
+        "gradients_per_effective_sample": chains.gradients_per_effective_sample(),
+        "divergences": chains.n_diverging,
+        "chains": chains.n_chains,
+        "draws": chains.n_draws,
     }
+
+
+STAGES: dict[str, tuple[str, str, Callable[[Analysis], object]]] = {
+    "observe": ("observation", "observation", Analysis.observe),
+    "compress": ("score compression of the map statistics", "compression", Analysis.compress),
+    "simulate": ("training simulations with scores", "simulations", Analysis.simulate),
+    "npe": ("neural posterior", "npe", lambda analysis: analysis.infer("npe")),
+    "npe_score": ("neural posterior trained with scores", "npe_score", lambda analysis: analysis.infer("npe_score")),
+    "power_spectrum": ("power-spectrum posterior (NUTS)", "power_spectrum", Analysis.power_spectrum),
+    "full_field": ("full-field posterior (NUTS)", "full_field", Analysis.full_field),
+}
+"""What the command line shows of each stage: its title, its folder in the run, and how it is done."""
