@@ -1,0 +1,10 @@
+"""Is a posterior right? Coverage over many observations, distances and moments for one."""
+
+from diffsbi.diagnostics.c2st import C2ST, c2st
+from diffsbi.diagnostics.coverage import Coverage, expected_coverage, sbc_ranks, sbc_test, tarp
+from diffsbi.diagnostics.moments import Moments, MomentShift, compare_moments, figure_of_merit, moments
+
+__all__ = [
+    "C2ST", "Coverage", "MomentShift", "Moments", "c2st", "compare_moments", "expected_coverage",
+    "figure_of_merit", "moments", "sbc_ranks", "sbc_test", "tarp",
+]  # fmt: skip
