@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsbi import diagnostics, inference, sampling, summaries
+from diffsbi import inference, sampling, summaries
 from diffsbi._files import digest, load_npz, write_json
 from diffsbi._types import check_names
+from diffsbi.comparison import METHODS, compare_posteriors, prior_bounds, unconverged
 from diffsbi.config import Config
 from diffsbi.flows import FLOWS
 from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
@@ -21,12 +22,6 @@ from diffsbi.simulators.lensing import LensingMaps, lsst_y10
 from diffsbi.store import Block, SimulationStore, create_store, open_store
 
 STREAMS = ("observation", "compression", "simulations", "npe", "npe_score", "power_spectrum", "full_field", "compare")
-METHODS = {
-    "npe": "NPE",
-    "npe_score": "NPE with scores",
-    "power_spectrum": "Power spectrum",
-    "full_field": "Full field (NUTS)",
-}
 
 __all__ = ["METHODS", "STAGES", "Analysis", "begin", "load_samples"]
 
@@ -81,7 +76,14 @@ class Analysis:
         done = [name for name in METHODS if self.run.finished(name)]
         if not done:
             raise ValueError(f"Expected at least one posterior in {self.run.folder}; run `diffsbi infer` first.")
-        result = self._compare(done)
+        samples = {name: load_samples(self.run, name) for name in done}
+        accounts = {name: self.run.account(name) for name in done}
+        settings = self.config.compare
+        result = compare_posteriors(
+            samples, accounts, self.sim.names, settings.pairs, n_samples=settings.n_samples, seed=self.config.seed
+        )
+        result["bounds"] = prior_bounds(self.sim.prior)
+        result["warnings"] += unconverged(accounts, self.config.full_field.max_rhat)
         write_json(self.run.path("comparison.json"), result)
         return result
 
@@ -203,9 +205,10 @@ class Analysis:
             self.sim,
             jnp.asarray(x),
             self.run.key("power_spectrum"),
+            n_bands=self.config.summaries.n_bands,
             n_chains=settings.n_chains,
             n_warmup=settings.n_warmup,
-            n_draws=settings.n_draws,
+            n_samples=settings.n_draws,
             progress=self.progress,
         )
         return _save_chains(chains, folder)
@@ -218,28 +221,12 @@ class Analysis:
             self.run.key("full_field"),
             n_chains=settings.n_chains,
             n_warmup=settings.n_warmup,
-            n_draws=settings.n_draws,
+            n_samples=settings.n_draws,
             latents=settings.latents,
             folder=folder / "blocks",
             progress=self.progress,
         )
         return _save_chains(chains, folder)
-
-    def _compare(self, done: list[str]) -> dict:
-        samples = {name: load_samples(self.run, name) for name in done}
-        names = self.sim.names
-        pairs = self.config.compare.pairs
-        result = {"names": list(names), "methods": {}, "reference": "full_field" if "full_field" in done else None}
-        for name, theta in samples.items():
-            flat = theta.reshape(-1, theta.shape[-1])
-            figures = {",".join(p): _figure_of_merit(flat, [names.index(n) for n in p]) for p in pairs}
-            row = {"mean": flat.mean(0).tolist(), "std": flat.std(0, ddof=1).tolist(), "figure_of_merit": figures}
-            result["methods"][name] = row | {"account": self.run.account(name)}
-        return result
-
-
-def _figure_of_merit(theta, columns) -> float:
-    return float(diagnostics.figure_of_merit(theta[:, columns]))
 
 
 def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analysis:

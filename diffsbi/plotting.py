@@ -1,5 +1,6 @@
 """Every figure of the project, from arrays: the only importer of matplotlib and getdist besides the report."""
 
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,11 +32,11 @@ STYLE = {
     "axes.spines.right": False,
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.3,
-    "savefig.dpi": 160,
+    "savefig.dpi": 150,
     "figure.dpi": 110,
 }
 
-__all__ = ["COLORS", "LABELS", "contours", "maps", "save", "spectra", "training_curves", "two_moons"]
+__all__ = ["COLORS", "LABELS", "contours", "maps", "png", "save", "spectra", "training_curves", "two_moons"]
 
 
 def label(name: str) -> str:
@@ -48,9 +49,21 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure, its folder too; the format follows the suffix."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, bbox_inches="tight", facecolor="white")
+    _write(figure, path, path.suffix[1:])
     return path
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    _write(figure, buffer, "png")
+    return buffer.getvalue()
+
+
+def _write(figure: Figure, target, kind: str) -> None:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=matplotlib.MatplotlibDeprecationWarning)  # GetDist's formatter
+        figure.savefig(target, format=kind, bbox_inches="tight", facecolor="white")
 
 
 def maps(x, side_deg: float, *, rows: Sequence[str] = ("observed",)) -> Figure:

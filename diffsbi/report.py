@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,15 +10,8 @@ import yaml
 
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json, write_atomically
+from diffsbi.comparison import METHODS as TITLES
 from diffsbi.runs import Run
-
-TITLES = {
-    "npe": "NPE",
-    "npe_score": "NPE with scores",
-    "power_spectrum": "Power spectrum (NUTS)",
-    "full_field": "Full field (NUTS)",
-}
-ORDER = ("power_spectrum", "npe", "npe_score", "full_field")
 
 __all__ = ["write_report"]
 
@@ -32,7 +24,7 @@ def write_report(run: Run) -> Path:
         raise ValueError(f"Expected {comparison_file}; run `diffsbi compare --out {run.folder}` first.")
     comparison = read_json(comparison_file)
     manifest = run.manifest
-    methods = [name for name in ORDER if name in comparison["methods"]]
+    methods = [name for name in TITLES if name in comparison["methods"]]
     body = [
         _headline(run, comparison, manifest, methods),
         _posterior_section(run, comparison, methods),
@@ -108,7 +100,7 @@ def _quality_section(comparison, methods, config) -> str:
         account, distance = row["account"], row.get("distance", {})
         cells = [_swatch(m) + TITLES[m], *(f"{row['figure_of_merit'][p]:,.0f}" for p in pairs)]
         is_reference = "reference" if m == reference else "–"
-        cells.append(f"{distance['c2st']:.3f}" if "c2st" in distance else is_reference)
+        cells.append(f"{distance['c2st']:.3f} ± {distance['c2st_error']:.3f}" if "c2st" in distance else is_reference)
         cells.append(_shift(distance) if "mean_shift" in distance else "–")
         cells.append(_ratio(distance) if "width_ratio" in distance else "–")
         rhat, ess = account.get("rhat"), account.get("ess")
@@ -172,9 +164,7 @@ def _thin(theta: np.ndarray, most: int = 20_000) -> np.ndarray:
 
 
 def _image(figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", facecolor="white")
-    encoded = base64.b64encode(buffer.getvalue()).decode()
+    encoded = base64.b64encode(plotting.png(figure)).decode()
     alt = html.escape(caption, quote=True)
     return f'<figure><img src="data:image/png;base64,{encoded}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 

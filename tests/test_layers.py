@@ -26,7 +26,8 @@ ROOMS: dict[str, set[str]] = {
     "config": BOTTOM,
     "observation": BOTTOM,
     "plotting": BOTTOM | {"diagnostics", "runs"},
-    "report": BOTTOM | {"diagnostics", "runs", "plotting"},
+    "comparison": BOTTOM | {"diagnostics"},
+    "report": BOTTOM | {"diagnostics", "runs", "plotting", "comparison"},
 }
 ROOMS["__init__"] = set(ROOMS) - {"config", "observation", "plotting", "report"}
 ROOMS["pipeline"] = set(ROOMS) - {"plotting", "report"}

@@ -49,7 +49,12 @@ def finished_run(folder):
         run.once(method, posterior(1 - 0.15 * i))
         shares = {"figure_of_merit": {"omega_c,sigma_8": 2520.4}, "account": run.account(method)}
         moments = {"mean": FIDUCIAL.tolist(), "std": (WIDTHS * (1 - 0.15 * i)).tolist()}
-        distance = {"c2st": 0.612, "mean_shift": dict.fromkeys(NAMES, -0.21), "width_ratio": dict.fromkeys(NAMES, 1.07)}
+        distance = {
+            "c2st": 0.612,
+            "c2st_error": 0.013,
+            "mean_shift": dict.fromkeys(NAMES, -0.21),
+            "width_ratio": dict.fromkeys(NAMES, 1.07),
+        }
         rows[method] = shares | moments | ({"distance": distance} if method != "full_field" else {})
     comparison = {"names": NAMES, "methods": rows, "reference": "full_field", "bounds": {"w_0": [-2.0, -0.3]}}
     write_json(run.folder / "comparison.json", comparison)
@@ -70,7 +75,7 @@ def test_the_report_stands_alone(page):
     "content",
     [
         "64 × 64 pixels",
-        "0.612",
+        "0.612 ± 0.013",
         "2,520",
         "-0.21 σ",
         "1.07 to 1.07",
