@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXPERIMENTS := demo maps two_moons
+FIGURE_RUNS := $(if $(filter paper,$(PRESET)),$(RUNS),$(RUNS)/$(PRESET))
 FIGURES := $(filter-out paper_figures/__init__.py,$(wildcard paper_figures/*.py))
 
 .DEFAULT_GOAL := help
@@ -51,11 +52,11 @@ test-latest:
 bench: $(READY)
 	$(BIN)/python -m experiments.benchmarks
 
+# The paper preset shares its run folders with `make demo`; the quick look has its own.
 figures: $(READY)
 	@set -e; for name in $(EXPERIMENTS); do \
-		$(BIN)/python -m experiments.$$name --preset $(PRESET) --out $(RUNS)/$(PRESET)/$$name; done
-	@set -e; for file in $(FIGURES); do \
-		$(BIN)/python -m paper_figures.$$(basename $$file .py) --runs $(RUNS)/$(PRESET) --out $(RUNS)/$(PRESET)/figures; done
+		echo "experiment: $$name"; $(BIN)/python -m experiments.$$name --preset $(PRESET) --out $(FIGURE_RUNS)/$$name; done
+	@set -e; for file in $(FIGURES); do $(BIN)/python -m paper_figures.$$(basename $$file .py) --runs $(FIGURE_RUNS); done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ LABELS = {
 # Okabe and Ito's colours: told apart by colour-blind readers and in print.
 COLORS = {"full_field": "#666666", "npe_score": "#D55E00", "npe": "#0072B2", "power_spectrum": "#009E73"}
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_BAND = "#CCE3F0"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -98,37 +99,48 @@ def maps(x, side_deg: float, *, rows: Sequence[str] = ("observed",)) -> Figure:
 
 
 def spectra(
-    ell, measured, theory, scatter, noise, pairs, *, measured_label="map", theory_label="theory + noise"
+    ell,
+    measured,
+    theory,
+    scatter,
+    noise,
+    pairs,
+    *,
+    measured_label="map",
+    theory_label="theory + noise",
+    residuals=False,
 ) -> Figure:
-    r"""Band powers against theory, a lower triangle of panels.
+    r"""Band powers against theory, a lower triangle of panels; with `residuals`, an upper one of their ratio minus one.
 
     Args:
         ell: Multipole of every band, `(n_bands,)`.
         measured: $C_\ell$ of the maps, `(n_pairs, n_bands)`.
-        theory: Expected $C_\ell$, noise included, same shape.
+        theory: Expected $C_\ell$, same shape.
         scatter: One standard deviation of `measured`, same shape.
         noise: Noise power of each bin, `(n_bins,)`.
         pairs: The two bins of each row, `(n_pairs, 2)`.
     """
-    n = len(noise)
+    n, unit = len(noise), 1e9
     with matplotlib.rc_context(STYLE):
-        figure = _figure(1.75 * n + 0.8, 1.45 * n + 0.6)
-        axes = figure.subplots(n, n, sharex=True, sharey=True, squeeze=False)
-        for i, j in np.ndindex(n, n):
-            axes[i, j].set_visible(j <= i)
-        unit = 1e9
-        for k, (i, j) in enumerate(np.asarray(pairs)):
-            axis = axes[max(i, j), min(i, j)]
-            axis.fill_between(ell, unit * (theory[k] - scatter[k]), unit * (theory[k] + scatter[k]), color=CYCLE[0],
-                              alpha=0.2, lw=0)  # fmt: skip
+        figure = _figure(1.75 * (n + residuals) + 0.8, 1.45 * n + 0.6)
+        axes = figure.subplots(n, n + residuals, sharex=True, squeeze=False)
+        for axis in axes.flat:
+            axis.set(xscale="log", visible=False)
+        low, high = 0.3 * unit * min(np.abs(theory).min(), np.min(noise)), 3 * unit * np.max(theory)
+        for k, (i, j) in enumerate(np.sort(pairs, axis=1)):
+            axis = axes[j, i]
+            axis.fill_between(ell, unit * (theory[k] - scatter[k]), unit * (theory[k] + scatter[k]), color=_BAND, lw=0)
             axis.plot(ell, unit * theory[k], color=CYCLE[0])
             axis.plot(ell, unit * measured[k], "o", ms=2.6, color="#222222")
             if i == j:
                 axis.axhline(unit * noise[i], color="#888888", lw=0.8, ls=":")
-            axis.set(xscale="log", yscale="log")
-            axis.text(0.95, 0.92, f"{min(i, j) + 1} × {max(i, j) + 1}", transform=axis.transAxes, ha="right", va="top")
-        low = unit * min(np.abs(theory).min(), np.min(noise))
-        axes[0, 0].set_ylim(0.3 * low, 3 * unit * theory.max())
+            axis.set(yscale="log", ylim=(low, high), visible=True)
+            axis.tick_params(labelleft=i == 0)
+            axis.text(0.95, 0.92, f"{i + 1} × {j + 1}", transform=axis.transAxes, ha="right", va="top")
+            if residuals:
+                _residual(
+                    axes[i, j + 1], ell, measured[k] / theory[k] - 1, scatter[k] / theory[k], f"{i + 1} × {j + 1}"
+                )
         for i in range(n):
             axes[-1, i].set_xlabel(r"multipole $\ell$")
             axes[i, 0].set_ylabel(r"$10^9\,C_\ell$")
@@ -137,8 +149,21 @@ def spectra(
             Line2D([], [], color=CYCLE[0], label=f"{theory_label}, ±1σ"),
             Line2D([], [], color="#888888", lw=0.8, ls=":", label="noise"),
         ]
-        figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.97, 0.97))
+        if residuals:
+            figure.legend(handles=handles, loc="outside upper left", ncols=3)
+            axes[0, 1].set_ylabel("residual, %")
+            axes[-1, -1].set_xlabel(r"multipole $\ell$")
+        else:
+            figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.97, 0.97))
     return figure
+
+
+def _residual(axis, ell, ratio, error, title: str) -> None:
+    axis.axhline(0, color=CYCLE[0], lw=0.9)
+    axis.errorbar(ell, 100 * ratio, 100 * error, fmt="o", ms=2.4, lw=0.8, color="#222222")
+    limit = 100 * np.max(np.abs(ratio) + error)
+    axis.set(visible=True, ylim=(-1.1 * limit, 1.3 * limit))
+    axis.text(0.95, 0.92, title, transform=axis.transAxes, ha="right", va="top")
 
 
 def training_curves(histories: Mapping[str, Sequence[Mapping]], titles: Mapping[str, str] | None = None) -> Figure:

@@ -1,0 +1,65 @@
+"""What does smoothness buy? A smooth flow and a spline flow fitted to draws and scores of the two-moons density."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsbi.inference import NPE
+from diffsbi.runs import start_run
+from diffsbi.simulators.two_moons import two_moons
+from experiments import command_line
+
+DENSITIES = ("smooth", "spline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    n: int = 1000
+    max_epochs: int = 2000
+    n_grid: int = 300
+    cut: float = 0.6
+    seed: int = 0
+
+
+PRESETS = {"smoke": Config(n=100, max_epochs=30, n_grid=80), "paper": Config()}
+
+
+def main(cfg: Config, out: Path) -> None:
+    run = start_run(out, {"name": "two_moons"} | dataclasses.asdict(cfg), ("draws", *DENSITIES))
+    run.once("exact", lambda folder: _exact(cfg, folder))
+    for density in DENSITIES:
+        run.once(density, lambda folder, density=density: _fit(cfg, run, density, folder))
+
+
+def _points(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+    """A grid over both moons `(n, n, 2)`, and a line through them `(m, 2)`."""
+    x, y = np.linspace(0.2, 0.9, cfg.n_grid), np.linspace(0.3, 0.7, cfg.n_grid)
+    line = np.linspace(0.2, 0.9, 20 * cfg.n_grid)
+    return np.stack(np.meshgrid(x, y), -1), np.stack([line, np.full_like(line, cfg.cut)], -1)
+
+
+def _exact(cfg: Config, folder: Path) -> dict:
+    target = two_moons()
+    grid, line = _points(cfg)
+    log_density, score = target.log_density(jnp.asarray(grid)), target.density_score(jnp.asarray(line))
+    np.savez(folder / "density.npz", log_density=log_density, score=score[:, 0], grid=grid, line=line)
+    return {}
+
+
+def _fit(cfg: Config, run, density: str, folder: Path) -> dict:
+    target = two_moons()
+    theta = target.sample(run.key("draws"), cfg.n)
+    x = np.zeros((cfg.n, 1))  # there is no data: every row has the same condition
+    npe = NPE(target.prior, density).append(theta, x, target.density_score(theta))
+    posterior = npe.fit(run.key(density), max_epochs=cfg.max_epochs, progress=True).condition(jnp.zeros(1))
+    grid, line = map(jnp.asarray, _points(cfg))
+    log_density = jax.lax.map(posterior.log_prob, grid)
+    np.savez(folder / "density.npz", log_density=log_density, score=posterior.score(line)[:, 0])
+    return {"simulations": cfg.n, "stop_reason": posterior.history.stop_reason}
+
+
+if __name__ == "__main__":
+    command_line(main, PRESETS, "two_moons")
