@@ -125,6 +125,6 @@ def _unpack(arrays: dict[str, np.ndarray], like):
         shape = jax.random.key_data(leaf).shape if _is_key(leaf) else leaf.shape
         if value.shape != shape:
             raise ValueError(f"leaf {i} has shape {value.shape}, not {shape}")
-        value = jnp.asarray(value)
-        out.append(jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value)
+        there = jnp.asarray(value)
+        out.append(jax.random.wrap_key_data(there, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else there)
     return jax.tree.unflatten(structure, out)

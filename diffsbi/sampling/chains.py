@@ -129,8 +129,9 @@ def load_chains(folder) -> Chains:
     if missing:
         raise ValueError(f"Expected {folder / 'chains.npz'} to hold {list(_ARRAYS)}; {missing} are missing.")
     tracked = (arrays["tracked_mean"], arrays["tracked_sd"]) if "tracked_mean" in arrays else None
-    fields = {name: arrays[name] for name in _ARRAYS} | dict(names=tuple(account["names"]), tracked=tracked)
-    return Chains(**fields, **{k: account[k] for k in ("gradients", "n_warmup", "settings")})
+    fields: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+    fields |= {name: account[name] for name in ("gradients", "n_warmup", "settings")}
+    return Chains(**fields, names=tuple(account["names"]), tracked=tracked)
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -138,7 +139,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     import io
 
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     write_atomically(path, buffer.getvalue())
 
 

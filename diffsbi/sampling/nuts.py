@@ -99,7 +99,7 @@ def nuts(
         RuntimeError: If a chain's energy is not finite or it no longer moves (its blocks are kept on disk).
     """
     mass, inverse_mass = _mass(mass)
-    depth = tuple(max_tree_depth) if isinstance(max_tree_depth, tuple | list) else (max_tree_depth,) * 2
+    depth = (max_tree_depth, max_tree_depth) if isinstance(max_tree_depth, int) else max_tree_depth
     settings = _Settings(n_warmup, target_accept, depth, mass, step_size, forward_mode, block)
     init = jax.tree.map(lambda a: jnp.asarray(a, jnp.result_type(float)), init)
     n_chains = _check(init, settings, n_samples, chain_method)
@@ -240,7 +240,7 @@ class _Report:
     def __init__(self, total: int, n_chains: int, n_warmup: int, progress: bool, on_block):
         self.bar = tqdm(total=total, disable=not progress, desc="NUTS", unit="draw")
         self.on_block, self.n_warmup = on_block, n_warmup
-        self.draws = [[] for _ in range(n_chains)]
+        self.draws: list[list[np.ndarray]] = [[] for _ in range(n_chains)]
         self.account = dict(gradients=n_chains, divergences=0)
 
     def __enter__(self):
@@ -319,11 +319,11 @@ def _check(init, settings: _Settings, n_samples: int, chain_method: str) -> int:
     if chain_method not in ("sequential", "vectorized"):
         raise ValueError(f'Expected chain_method "sequential" or "vectorized"; got {chain_method!r}.')
     if settings.n_warmup < 0 or n_samples < 1 or settings.block < 1:
-        numbers = (settings.n_warmup, n_samples, settings.block)
-        raise ValueError(f"Expected n_warmup >= 0, n_samples >= 1 and block >= 1; got {numbers}.")
+        got = f"{settings.n_warmup}, {n_samples} and {settings.block}"
+        raise ValueError(f"Expected n_warmup >= 0, n_samples >= 1 and block >= 1; got {got}.")
     if not 0 < settings.target_accept < 1 or not settings.step_size > 0 or min(settings.max_tree_depth) < 1:
-        numbers = (settings.target_accept, settings.step_size, settings.max_tree_depth)
-        raise ValueError(f"Expected 0 < target_accept < 1, step_size > 0 and max_tree_depth >= 1; got {numbers}.")
+        got = f"{settings.target_accept}, {settings.step_size} and {settings.max_tree_depth}"
+        raise ValueError(f"Expected 0 < target_accept < 1, step_size > 0 and max_tree_depth >= 1; got {got}.")
     return counts.pop()[0]
 
 

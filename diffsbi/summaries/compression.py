@@ -74,8 +74,8 @@ def moped(mean_jacobian, covariance, mean, theta0, *, precision_factor: float = 
     if not np.all(unit > 0) or np.linalg.cond(information / np.outer(unit, unit)) > 1e13:
         raise ValueError("Expected a statistic that responds to every parameter; the Fisher matrix is singular.")
     matrix = np.linalg.solve(information, np.linalg.solve(root.T, white).T) / scale
-    arrays = (theta0, mean, matrix, precision_factor * information)
-    return ScoreCompression(*map(jnp.asarray, arrays), **account)
+    t0, mu, m, fisher = map(jnp.asarray, (theta0, mean, matrix, precision_factor * information))
+    return ScoreCompression(t0, mu, m, fisher, **account)
 
 
 def hartlap(n: int, n_stats: int) -> float:
