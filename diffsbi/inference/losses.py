@@ -96,7 +96,7 @@ def first_noise(v: Array, score: Array) -> Array:
     Rows far in the tails of the residuals are clipped, lest one of them decides.
     """
     residual = score + v
-    scale = 3 * jnp.sqrt(jnp.median(residual**2, axis=0) / 0.455)
+    scale = jnp.broadcast_to(3 * jnp.sqrt(jnp.median(residual**2, axis=0) / 0.455), residual.shape)
     residual = jnp.clip(residual, -scale, scale)
     p = v.shape[-1]
     covariance = residual.T @ residual / len(residual) + _SMALLEST_NOISE**2 * jnp.eye(p, dtype=v.dtype)
