@@ -67,22 +67,22 @@ def test_theta_latents_and_noise_are_uncorrelated(x64):
 
 
 def test_score_against_finite_differences(sources):
-    theta, z, x = sources.draw_one(jax.random.key(1))
+    theta, z, x = eqx.filter_jit(sources.draw_one)(jax.random.key(1))
     step = 1e-5 * jnp.eye(2)
     density = jax.jit(lambda t: sources.log_conditional(t, z, x))
     numeric = [(density(theta + e) - density(theta - e)) / 2e-5 for e in step]
-    np.testing.assert_allclose(sources.score(theta, z, x), np.array(numeric), rtol=1e-7)
+    np.testing.assert_allclose(eqx.filter_jit(sources.score)(theta, z, x), np.array(numeric), rtol=1e-7)
 
 
 def test_score_with_prior_adds_the_priors_gradient(sources):
-    theta, z, x = sources.draw_one(jax.random.key(2))
+    theta, z, x = eqx.filter_jit(sources.draw_one)(jax.random.key(2))
     difference = sources.score(theta, z, x, with_prior=True) - sources.score(theta, z, x)
     np.testing.assert_allclose(difference, jax.grad(sources.prior.log_prob)(theta), atol=1e-10)
     assert abs(difference[1]) > 1e-3
 
 
 def test_log_joint_is_the_sum_of_its_parts(sources):
-    theta, z, x = sources.draw_one(jax.random.key(4))
+    theta, z, x = eqx.filter_jit(sources.draw_one)(jax.random.key(4))
     parts = sources.prior.log_prob(theta)
     parts += dist.Normal(theta[1], 0.5).log_prob(z).sum()
     parts += dist.Normal(jnp.tanh(theta[0] * z)[None], 0.3).log_prob(x).sum()
@@ -117,7 +117,7 @@ class Moved(Sources):
 
 def test_score_in_another_coordinate(x64):
     sim = Moved()
-    theta, z, x = sim.draw_one(jax.random.key(7))
+    theta, z, x = eqx.filter_jit(sim.draw_one)(jax.random.key(7))
     xi = (z - theta[0]) / 2
     by_hand = jax.grad(lambda t: sim.log_conditional(t, 2 * xi + t[0], x))(theta)
     np.testing.assert_allclose(sim.score(theta, z, x, latents="doubled"), by_hand, rtol=1e-10)

@@ -1,5 +1,6 @@
 """The toy simulators against their closed forms, finite differences and quadrature."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +37,9 @@ def test_linear_score_is_the_marginal_score_in_the_whitened_coordinate(linear):
 
 
 def test_linear_marginal_score_is_the_gradient_of_the_marginal_likelihood(linear):
-    theta, _, x = linear.draw_one(jax.random.key(1))
-    numeric = central_difference(lambda t: float(linear.log_likelihood(t, x)), theta)
+    theta, _, x = eqx.filter_jit(linear.draw_one)(jax.random.key(1))
+    density = eqx.filter_jit(linear.log_likelihood)
+    numeric = central_difference(lambda t: float(density(t, x)), theta)
     np.testing.assert_allclose(linear.marginal_score(theta, x), numeric, rtol=1e-7)
 
 
@@ -58,15 +60,16 @@ def test_linear_whitened_coordinate_is_white_and_round_trips(linear):
 
 
 def test_linear_joint_is_the_same_posterior_in_each_coordinate(linear):
-    theta, z, x = linear.draw_one(jax.random.key(3))
+    theta, z, x = eqx.filter_jit(linear.draw_one)(jax.random.key(3))
     xi, log_det = linear.transport("whitened").from_latents(theta, z, x)
-    difference = linear.log_joint(theta, z, x) - linear.log_joint(theta, xi, x, latents="whitened")
+    joint = eqx.filter_jit(linear.log_joint)
+    difference = joint(theta, z, x) - joint(theta, xi, x, latents="whitened")
     np.testing.assert_allclose(difference, log_det, atol=1e-12)
 
 
 def test_linear_bayes_theorem_closes(linear):
     """prior x likelihood = posterior x evidence, at points that share nothing with the closed forms."""
-    _, _, x = linear.draw_one(jax.random.key(4))
+    _, _, x = eqx.filter_jit(linear.draw_one)(jax.random.key(4))
     mean, covariance = map(np.asarray, linear.posterior(x))
     for theta in linear.prior.sample(jax.random.key(5), (5,)):
         offset = np.asarray(theta) - mean
@@ -78,7 +81,7 @@ def test_linear_bayes_theorem_closes(linear):
 
 def test_linear_marginal_likelihood_is_the_joint_integrated_over_latents(linear):
     """log p(x | theta) = log p(x, z | theta) - log p(z | theta, x) for every z."""
-    theta, z, x = linear.draw_one(jax.random.key(6))
+    theta, z, x = eqx.filter_jit(linear.draw_one)(jax.random.key(6))
     for latent in (z, z + 1.0):
         xi, log_det = linear.transport("whitened").from_latents(theta, latent, x)
         conditional = -0.5 * jnp.sum(xi**2) - 0.5 * len(z) * jnp.log(2 * jnp.pi) + log_det
@@ -148,9 +151,10 @@ def test_moons_moments_agree_with_the_grid(moons, moons_grid):
 
 
 def test_moons_score_against_finite_differences(moons):
+    density, score = eqx.filter_jit(moons.log_density), eqx.filter_jit(moons.density_score)
     for theta in np.asarray(moons.sample(jax.random.key(2), 10)):
-        numeric = central_difference(lambda t: float(moons.log_density(t)), theta, 1e-6)
-        np.testing.assert_allclose(moons.density_score(theta), numeric, rtol=1e-6, atol=1e-5)
+        numeric = central_difference(lambda t: float(density(t)), theta, 1e-6)
+        np.testing.assert_allclose(score(theta), numeric, rtol=1e-6, atol=1e-5)
 
 
 def test_moons_posterior_at_zero_is_the_density(moons):
@@ -204,7 +208,7 @@ def test_lotka_volterra_finite_at_prior_draws_float32():
 
 def test_lotka_volterra_score_against_finite_differences(x64):
     sim = lotka_volterra()
-    density = jax.jit(sim.log_conditional)
+    density = eqx.filter_jit(sim.log_conditional)
     draws = sim.draw(jax.random.key(1), 8, keep_latents=True)
     for theta, z, x, score in zip(draws.theta, draws.latents, draws.x, draws.score, strict=True):
         # Scaled steps: beta and delta are small, and some rates move the populations by hundreds of e-folds.
@@ -247,9 +251,9 @@ def test_lotka_volterra_latents_are_the_published_initial_populations(x64):
 
 def test_lotka_volterra_differentiates_forwards_too(x64):
     sim = lotka_volterra(substeps=20)
-    theta, z, x = sim.draw_one(jax.random.key(6))
+    theta, z, x = eqx.filter_jit(sim.draw_one)(jax.random.key(6))
     forward = jax.jit(jax.jacfwd(sim.log_conditional))(theta, z, x)
-    np.testing.assert_allclose(forward, sim.score(theta, z, x), rtol=1e-8)
+    np.testing.assert_allclose(forward, eqx.filter_jit(sim.score)(theta, z, x), rtol=1e-8)
 
 
 def test_lotka_volterra_refuses_bad_settings():

@@ -95,13 +95,14 @@ def _held_out(x, label, folds, seed, early_stopping):
     # scikit-learn takes a second to import, and most runs of the package never test.
     from sklearn.model_selection import StratifiedKFold
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits
 
     correct, number = np.zeros(len(x), bool), np.zeros(len(x), int)
     width = 10 * x.shape[1]
-    for k, (train, test) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, label)):
-        network = MLPClassifier(
-            (width, width), max_iter=1000, early_stopping=early_stopping,
-            n_iter_no_change=20 if early_stopping else 10, random_state=seed,
-        ).fit(x[train], label[train])  # fmt: skip
-        correct[test], number[test] = network.predict(x[test]) == label[test], k
+    stop = {"max_iter": 1000, "early_stopping": early_stopping, "n_iter_no_change": 20 if early_stopping else 10}
+    # The matrices are tiny: threads cost more than they give, on a busy machine a hundred times more.
+    with threadpool_limits(1):
+        for k, (train, test) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, label)):
+            network = MLPClassifier((width, width), random_state=seed, **stop).fit(x[train], label[train])
+            correct[test], number[test] = network.predict(x[test]) == label[test], k
     return correct, number

@@ -84,11 +84,11 @@ def figure_of_merit(
     """
     m = moments(samples, names)
     merits = {}
-    for pair in itertools.combinations(m.names, 2) if pairs is None else pairs:
-        check_names(pair, m.names)
-        index = [m.names.index(name) for name in pair]
+    for first, second in itertools.combinations(m.names, 2) if pairs is None else pairs:
+        check_names((first, second), m.names)
+        index = [m.names.index(first), m.names.index(second)]
         determinant = np.linalg.det(m.cov[np.ix_(index, index)])
-        if len(index) != 2 or not determinant > 1e-14 * np.prod(np.diag(m.cov)[index]):
-            raise ValueError(f"Expected two parameters that vary independently; got {tuple(pair)}.")
-        merits[tuple(pair)] = float(1 / np.sqrt(determinant))
+        if not determinant > 1e-14 * np.prod(np.diag(m.cov)[index]):
+            raise ValueError(f"Expected two parameters that vary independently; got {(first, second)}.")
+        merits[first, second] = float(1 / np.sqrt(determinant))
     return merits
