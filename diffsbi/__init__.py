@@ -1,0 +1,39 @@
+"""diffsbi: simulation-based inference with simulators that can be differentiated."""
+
+from diffsbi import _cache
+from diffsbi.inference import NPE, load_posterior
+from diffsbi.prior import Prior
+from diffsbi.sampling import Chains, full_field_posterior, load_chains, nuts, power_spectrum_posterior
+from diffsbi.simulators import (
+    AbstractSimulator,
+    AbstractTransport,
+    Draws,
+    LensingMaps,
+    linear_gaussian,
+    lotka_volterra,
+    lsst_y10,
+    two_moons,
+)
+
+__version__ = "0.1.0"
+
+_cache.enable()
+
+__all__ = [
+    "NPE",
+    "AbstractSimulator",
+    "AbstractTransport",
+    "Chains",
+    "Draws",
+    "LensingMaps",
+    "Prior",
+    "full_field_posterior",
+    "linear_gaussian",
+    "load_chains",
+    "load_posterior",
+    "lotka_volterra",
+    "lsst_y10",
+    "nuts",
+    "power_spectrum_posterior",
+    "two_moons",
+]

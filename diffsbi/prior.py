@@ -1,0 +1,110 @@
+r"""Named, independent priors and their map to unconstrained space."""
+
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import Distribution, biject_to
+
+from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
+
+
+class Prior(eqx.Module):
+    r"""Independent one-dimensional priors with names: $p(\theta) = \prod_a p_a(\theta_a)$.
+
+    Unconstrained space is $u = b^{-1}(\theta)$ with NumPyro's bijection $b$ of each support (identity
+    on the real line, exp on a half line, a scaled sigmoid on an interval), so that
+    $\log p(u) = \log p(\theta(u)) + \log|\det \partial\theta/\partial u|$.
+
+    Args:
+        distributions: Parameter name → scalar NumPyro distribution, in the order of the array axis.
+        fiducial: Parameter name → reference value; the distributions' means where left out.
+
+    Raises:
+        ValueError: If there is no distribution, one is not scalar, or a fiducial value is unknown or outside.
+    """
+
+    names: tuple[str, ...] = eqx.field(static=True)
+    distributions: tuple[Distribution, ...]
+    _fiducial: tuple[float, ...] = eqx.field(static=True)
+
+    def __init__(self, distributions: Mapping[str, Distribution], fiducial: Mapping[str, float] | None = None):
+        if not distributions:
+            raise ValueError("Expected at least one named distribution; got none.")
+        for name, distribution in distributions.items():
+            if distribution.shape() != ():
+                raise ValueError(f"Expected a scalar distribution for {name!r}; got shape {distribution.shape()}.")
+        fiducial = dict(fiducial or {})
+        check_names(list(fiducial), list(distributions))
+        self.names = tuple(distributions)
+        self.distributions = tuple(distributions.values())
+        self._fiducial = tuple(float(fiducial.get(n, np.asarray(d.mean))) for n, d in distributions.items())
+        # `log_prob` leans on this point outside the support; a distribution without a mean needs one given.
+        self.check(np.asarray(self._fiducial))
+
+    @property
+    def dim(self) -> int:
+        return len(self.names)
+
+    @property
+    def fiducial(self) -> Float[Array, " p"]:
+        return jnp.asarray(self._fiducial, jnp.result_type(float))
+
+    def sample(self, key: Key, sample_shape: tuple[int, ...] = ()) -> Float[Array, "*n p"]:
+        """Draw theta, shape `(*sample_shape, p)`."""
+        keys = jax.random.split(check_key(key), self.dim)
+        return jnp.stack([d.sample(k, sample_shape) for d, k in zip(self.distributions, keys, strict=True)], -1)
+
+    def log_prob(self, theta: Float[Array, "*n p"]) -> Float[Array, "*n"]:
+        """log p(theta), shape `(*n,)`; −inf (with zero gradient) outside the support."""
+        check_trailing("theta", theta, (self.dim,))
+        theta = jnp.asarray(theta)
+        inside = self.in_support(theta)
+        # Outside, evaluate at the fiducial point instead: -inf there must not make the gradient NaN.
+        safe = jnp.where(inside[..., None], theta, self.fiducial.astype(theta.dtype))
+        total = sum(d.log_prob(safe[..., i]) for i, d in enumerate(self.distributions))
+        return jnp.where(inside, total, -jnp.inf)
+
+    def in_support(self, theta: Float[Array, "*n p"]) -> Array:
+        """True where every parameter lies in its support (and is finite), shape `(*n,)`."""
+        theta = jnp.asarray(theta)
+        ok = [d.support(theta[..., i]) for i, d in enumerate(self.distributions)]
+        return jnp.all(jnp.stack(ok, -1), -1) & jnp.all(jnp.isfinite(theta), -1)
+
+    def to_unconstrained(self, theta: Float[Array, "*n p"]) -> Float[Array, "*n p"]:
+        """u(theta), elementwise."""
+        check_trailing("theta", theta, (self.dim,))
+        theta = jnp.asarray(theta)
+        return jnp.stack([b.inv(theta[..., i]) for i, b in enumerate(self._bijections)], -1)
+
+    def from_unconstrained(self, u: Float[Array, "*n p"]) -> Float[Array, "*n p"]:
+        """theta(u), elementwise."""
+        check_trailing("u", u, (self.dim,))
+        u = jnp.asarray(u)
+        return jnp.stack([b(u[..., i]) for i, b in enumerate(self._bijections)], -1)
+
+    def log_det_jacobian(self, u: Float[Array, "*n p"]) -> Float[Array, "*n"]:
+        r"""$\log|\det \partial\theta/\partial u|$ at `u`, shape `(*n,)`."""
+        u = jnp.asarray(u)
+        terms = [b.log_abs_det_jacobian(u[..., i], b(u[..., i])) for i, b in enumerate(self._bijections)]
+        return jnp.sum(jnp.stack(terms, -1), -1)
+
+    def log_prob_unconstrained(self, u: Float[Array, "*n p"]) -> Float[Array, "*n"]:
+        """Log-density of u when theta(u) follows the prior, shape `(*n,)`."""
+        return self.log_prob(self.from_unconstrained(u)) + self.log_det_jacobian(u)
+
+    def check(self, theta) -> None:
+        """Raise `ValueError` naming the first parameter value outside its support."""
+        theta = np.asarray(theta)
+        check_trailing("theta", theta, (self.dim,))
+        for i, (name, d) in enumerate(zip(self.names, self.distributions, strict=True)):
+            values = theta[..., i].ravel()
+            bad = ~(np.asarray(d.support(jnp.asarray(values))) & np.isfinite(values))
+            if bad.any():
+                raise ValueError(f"Expected {name} inside the prior's support {d.support}; got {values[bad][0]}.")
+
+    @property
+    def _bijections(self):
+        return [biject_to(d.support) for d in self.distributions]

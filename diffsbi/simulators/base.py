@@ -1,0 +1,208 @@
+r"""The joint `log p(theta, z, x)`, written once: simulations, scores and posteriors all come from it."""
+
+import abc
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import Distribution
+from tqdm.auto import tqdm
+
+from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
+from diffsbi.prior import Prior
+
+
+class Draws(eqx.Module):
+    """Simulations: `theta (n, p)`, `x (n, ...)`, `score (n, p)` or None, `latents (n, ...)` or None."""
+
+    theta: Array
+    x: Array
+    score: Array | None
+    latents: Array | None
+    names: tuple[str, ...] = eqx.field(static=True)
+
+    def __len__(self) -> int:
+        return self.theta.shape[0]
+
+
+class AbstractTransport(eqx.Module):
+    r"""A smooth change of latent coordinates $z = T(\xi; \theta, x)$ and its log-determinant.
+
+    The joint in $\xi$ is $\log p(\theta, T(\xi), x) + \log|\det \partial T/\partial\xi|$: the same posterior
+    of theta in every coordinate, and an unbiased score in each (Fisher's identity).
+    """
+
+    @abc.abstractmethod
+    def to_latents(self, state: Any, xi: Array, x: Array) -> tuple[Array, Array]:
+        r"""$(T(\xi; \theta, x), \log|\det \partial T / \partial \xi|)$."""
+
+    @abc.abstractmethod
+    def from_latents(self, state: Any, z: Array, x: Array) -> tuple[Array, Array]:
+        r"""$(T^{-1}(z; \theta, x), \log|\det \partial T^{-1} / \partial z|)$."""
+
+
+class Identity(AbstractTransport):
+    """The simulator's own latents."""
+
+    def to_latents(self, state, xi, x):
+        return xi, jnp.zeros(())
+
+    def from_latents(self, state, z, x):
+        return z, jnp.zeros(())
+
+
+class AbstractSimulator(eqx.Module):
+    """A simulator with a differentiable joint: a prior, latents given theta, data given both.
+
+    A user's own simulator subclasses this, gives `prior` as a field, and writes `latents` and `likelihood`
+    for ONE draw, with NumPyro distributions whose `event_shape` is the whole array. Everything else follows.
+    """
+
+    prior: eqx.AbstractVar[Prior]
+
+    @abc.abstractmethod
+    def latents(self, state: Any) -> Distribution:
+        """p(z | theta); `state` is `setup(theta)`, that is theta itself unless `setup` is written."""
+
+    @abc.abstractmethod
+    def likelihood(self, state: Any, z: Array) -> Distribution:
+        """p(x | theta, z); `state` as in `latents`."""
+
+    def setup(self, theta: Float[Array, " p"]) -> Any:
+        """What latents, likelihood and transports share and is computed once for each theta; theta by default."""
+        return theta
+
+    def transports(self) -> Mapping[str, AbstractTransport]:
+        """The latent coordinates on offer, by name; `"white"` is the simulator's own."""
+        return {"white": Identity()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.prior.names
+
+    @property
+    def fiducial(self) -> Float[Array, " p"]:
+        return self.prior.fiducial
+
+    def transport(self, latents: str = "white") -> AbstractTransport:
+        """The named latent coordinate."""
+        offered = self.transports()
+        check_names([latents], list(offered), "latent coordinate")
+        return offered[latents]
+
+    def log_conditional(self, theta: Float[Array, " p"], z: Array, x: Array, *, latents: str = "white") -> Array:
+        r"""$\log p(x, z | \theta)$ of one draw, `z` given in the coordinate `latents`."""
+        state = self.setup(theta)
+        z, log_det = self.transport(latents).to_latents(state, z, x)
+        return jnp.sum(self.latents(state).log_prob(z)) + jnp.sum(self.likelihood(state, z).log_prob(x)) + log_det
+
+    def log_joint(self, theta: Float[Array, " p"], z: Array, x: Array, *, latents: str = "white") -> Array:
+        r"""$\log p(\theta, z, x)$ of one draw, prior included, `z` given in the coordinate `latents`."""
+        return self.prior.log_prob(theta) + self.log_conditional(theta, z, x, latents=latents)
+
+    def score(
+        self, theta: Float[Array, " p"], z: Array, x: Array, *, with_prior: bool = False, latents: str = "white"
+    ) -> Float[Array, " p"]:
+        r"""The joint score $\nabla_\theta \log p(x, \xi | \theta)$ of ONE draw (prior's gradient added on request).
+
+        `z` is the draw's own (white) latent; it is moved to the coordinate `latents` before the gradient is
+        taken at fixed $\xi$. In every coordinate its mean given (theta, x) is the marginal score
+        $\nabla_\theta \log p(x | \theta)$; its variance differs.
+        """
+        check_trailing("theta", theta, (self.prior.dim,))
+        xi, _ = self.transport(latents).from_latents(self.setup(theta), z, x)
+        density = self.log_joint if with_prior else self.log_conditional
+        return jax.grad(lambda t: density(t, xi, x, latents=latents))(jnp.asarray(theta))
+
+    def draw_one(self, key: Key, theta: Float[Array, " p"] | None = None) -> tuple[Array, Array, Array]:
+        """(theta, z, x) of one draw from the joint, or at the given theta."""
+        key_theta, key_z, key_x = jax.random.split(key, 3)
+        theta = self.prior.sample(key_theta) if theta is None else theta
+        state = self.setup(theta)
+        z = self.latents(state).sample(key_z)
+        return theta, z, self.likelihood(state, z).sample(key_x)
+
+    def draw(
+        self,
+        key: Key,
+        n: int,
+        theta=None,
+        *,
+        with_score: bool = True,
+        latents: str = "white",
+        keep_latents: bool = False,
+        start: int = 0,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Draws:
+        """Draw `n` simulations; row `i` depends on `key` and `start + i` alone, whatever the batch size.
+
+        Args:
+            key: A typed JAX key.
+            n: Number of simulations.
+            theta: None to draw from the prior, else one parameter vector `(p,)` or one for each row `(n, p)`.
+            with_score: Also return the joint score in the coordinate `latents`.
+            latents: Latent coordinate of the score.
+            keep_latents: Also return the (white) latents.
+            start: Number of the first row: `draw(key, 5, start=10)` gives rows 10 to 14 of `draw(key, 15)`.
+            batch_size: Most rows that are computed per call; by default what fits 256 MiB of output.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: If `n` or `batch_size` < 1, or theta is of the wrong shape or outside the prior's support.
+        """
+        check_key(key)
+        if n < 1:
+            raise ValueError(f"Expected n >= 1 simulations; got {n}.")
+        if theta is not None:
+            theta = _rows_of_theta(self.prior, theta, n)
+        self.transport(latents)
+        row = functools.partial(_draw_rows, with_score=with_score, latents=latents, keep_latents=keep_latents)
+        size = _even_size(n, self._rows_that_fit() if batch_size is None else batch_size)
+        blocks = []
+        with tqdm(total=n, disable=not progress, desc="simulate", unit="sim") as bar:
+            for first in range(0, n, size):
+                # The last block repeats its last row rather than be compiled anew for a shorter one.
+                index = jnp.minimum(jnp.arange(first, first + size), n - 1)
+                block = row(self, key, start + index, None if theta is None else theta[index])
+                blocks.append(jax.tree.map(np.asarray, block))
+                bar.update(min(size, n - first))
+        out = jax.tree.map(lambda *b: jnp.asarray(np.concatenate(b)[:n]), *blocks)
+        return Draws(*out, names=self.names)
+
+    def _rows_that_fit(self, budget: int = 2**28) -> int:
+        _, z, x = eqx.filter_eval_shape(self.draw_one, jax.random.key(0))
+        return int(max(1, min(1024, budget // (4 * (z.size + x.size)))))
+
+
+def _even_size(n: int, largest: int) -> int:
+    """Rows per block so that all blocks are of one size (to a row) and none exceeds `largest`."""
+    if largest < 1:
+        raise ValueError(f"Expected batch_size >= 1; got {largest}.")
+    return math.ceil(n / math.ceil(n / largest))
+
+
+def _rows_of_theta(prior: Prior, theta, n: int) -> Array:
+    theta = jnp.asarray(theta, jnp.result_type(float))
+    if theta.shape not in ((prior.dim,), (n, prior.dim)):
+        raise ValueError(f"Expected theta with shape ({prior.dim},) or ({n}, {prior.dim}); got {theta.shape}.")
+    prior.check(theta)
+    return jnp.broadcast_to(theta, (n, prior.dim))
+
+
+@eqx.filter_jit
+def _draw_rows(sim, key, index, theta, *, with_score, latents, keep_latents):
+    """Rows one after the other (`lax.map`): bit for bit the same rows in every batch size."""
+
+    def row(args):
+        i, t = args
+        t, z, x = sim.draw_one(jax.random.fold_in(key, i), t)
+        score = sim.score(t, z, x, latents=latents) if with_score else None
+        return t, x, score, z if keep_latents else None
+
+    return jax.lax.map(row, (index, theta))
