@@ -16,6 +16,8 @@ class ScoreCompression(eqx.Module):
 
     For a Gaussian statistic with covariance independent of theta, t is the score at $\theta_0$ in the parameters' units
     and loses no information there (Heavens, Jimenez & Lahav 2000; Alsing & Wandelt 2018).
+    With Σ from n draws of n_stats statistics, t keeps about 1 − n_stats/n of it (more with shrinkage), and `fisher` is
+    optimistic by as much: take n of several n_stats.
 
     Attributes:
         theta0: Expansion point, `(p,)`.
