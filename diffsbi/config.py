@@ -109,8 +109,8 @@ class FullField(_Section):
     enabled: bool = True
     latents: str = "whitened"
     n_chains: Count = 4
-    n_warmup: Count = 200
-    n_draws: Count = 300
+    n_warmup: Count = 150
+    n_draws: Count = 250
     max_rhat: Positive = 1.05
 
 

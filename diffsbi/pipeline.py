@@ -22,6 +22,9 @@ from diffsbi.simulators.lensing import LensingMaps, lsst_y10
 from diffsbi.store import Block, SimulationStore, create_store, open_store
 
 STREAMS = ("observation", "compression", "simulations", "npe", "npe_score", "power_spectrum", "full_field", "compare")
+TRAINING = ("theta", "score", "statistics")
+FREE = ("simulations.max_nonfinite", "full_field.enabled", "full_field.max_rhat", "compare")
+"""Settings that may change in a run without changing what its stages have made."""
 
 __all__ = ["METHODS", "STAGES", "Analysis", "begin", "load_samples"]
 
@@ -52,9 +55,16 @@ class Analysis:
         return summaries.ScoreCompression(**{name: jnp.asarray(value) for name, value in arrays.items()})
 
     def simulate(self) -> SimulationStore:
-        """The training simulations: theta, statistics, score, and the maps if they are kept."""
+        """The training simulations: theta, statistics, score, and the maps if they are kept.
+
+        Raises:
+            ValueError: If a block is damaged, or more simulations than allowed are not finite.
+        """
         self.run.once("simulations", self._simulate)
-        return open_store(self.run.path("simulations", "store.zarr"))
+        store = open_store(self.run.path("simulations", "store.zarr"))
+        self._fill(store)  # a block whose damaged file was deleted
+        self._check_finite(store)
+        return store
 
     def infer(self, method: str):
         """The neural posterior, `"npe"` without scores or `"npe_score"` with them."""
@@ -129,22 +139,25 @@ class Analysis:
         arrays |= {"statistics": (len(self.statistics.names),)}
         if settings.keep_maps:
             arrays["x"] = (survey.n_bins, survey.n_pix, survey.n_pix)
-        resolved = self.config.resolved()
         store = create_store(
             folder / "store.zarr",
-            config={key: resolved[key] for key in ("survey", "simulations", "summaries")},
+            config={
+                "survey": survey.model_dump(mode="json"),
+                "latents": settings.latents,
+                "n_bands": self.config.summaries.n_bands,
+            },
             seed=self.config.seed,
             names=self.sim.names,
             n=settings.n,
             arrays=arrays,
             block_size=settings.block_size,
         )
+        self._fill(store)
+        return {"simulations": settings.n}
+
+    def _fill(self, store: SimulationStore) -> None:
         for block in _with_progress(store, self.progress):
             store.write(block, self._simulate_block(block))
-        return {
-            "simulations": settings.n,
-            "nonfinite": int(len(_bad_rows(store.load(["theta", "score", "statistics"])))),
-        }
 
     def _simulate_block(self, block: Block) -> dict[str, np.ndarray]:
         settings = self.config.simulations
@@ -157,7 +170,9 @@ class Analysis:
 
     def _infer(self, method: str, x, compress, store, folder: Path) -> Mapping:
         settings = self.config.flow
-        rows, dropped = self._usable_rows(store)
+        rows = store.load(TRAINING)
+        bad = _bad_rows(rows)
+        rows = {name: np.delete(value, bad, axis=0) for name, value in rows.items()}
         with_score = method == "npe_score"
         key_fit, key_sample = jax.random.split(self.run.key(method))
         t = compress(rows["statistics"])
@@ -181,23 +196,21 @@ class Analysis:
         write_json(folder / "history.json", histories)
         return {
             "rows": len(rows["theta"]),  # reused, not simulated for this stage
-            "dropped": dropped,
+            "dropped": len(bad),
             "steps": sum(history.steps for history in posterior.histories),
             "stop_reasons": [history.stop_reason for history in posterior.histories],
-            "warnings": _outside_training(self.sim.names, np.asarray(observed), np.asarray(t)),
+            "warnings": _dropped(len(bad)) + _outside_training(self.sim.names, np.asarray(observed), np.asarray(t)),
         }
 
-    def _usable_rows(self, store: SimulationStore) -> tuple[dict[str, np.ndarray], int]:
-        rows = store.load(["theta", "score", "statistics"])
-        bad = _bad_rows(rows)
+    def _check_finite(self, store: SimulationStore) -> None:
+        theta, bad = store.load(["theta"])["theta"], _bad_rows(store.load(TRAINING))
         allowed = self.config.simulations.max_nonfinite
         if len(bad) > allowed:
-            where = dict(zip(store.names, map(float, rows["theta"][bad[0]]), strict=True))
+            where = dict(zip(store.names, map(float, theta[bad[0]]), strict=True))
             raise ValueError(
                 f"Expected at most {allowed} non-finite simulations (simulations.max_nonfinite); got {len(bad)} of "
                 f"{store.n}, the first at row {bad[0]}, {where}. Dropping them biases the posterior."
             )
-        return {name: np.delete(value, bad, axis=0) for name, value in rows.items()}, len(bad)
 
     def _power_spectrum(self, x, folder: Path) -> Mapping:
         settings = self.config.power_spectrum
@@ -252,7 +265,7 @@ def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analy
         config = config.model_copy(update={"observation": observation})
     elif settings.axis_order is not None:
         parse_axis_order(settings.axis_order, ())
-    return Analysis(start_run(folder, config.resolved(), STREAMS), config, sim, progress)
+    return Analysis(start_run(folder, config.resolved(), STREAMS, free=FREE), config, sim, progress)
 
 
 def _truth(sim, config: Config) -> dict[str, float]:
@@ -297,6 +310,10 @@ def _curve(history) -> dict:
         "validation": history.validation.tolist(),
         "best_epoch": int(history.best_epoch),
     }
+
+
+def _dropped(n: int) -> list[str]:
+    return [f"{n} non-finite simulations were dropped from the training: the posterior may be biased."] * (n > 0)
 
 
 def _outside_training(names, observed, t) -> list[str]:

@@ -79,7 +79,7 @@ def maps(x, side_deg: float, *, rows: Sequence[str] = ("observed",)) -> Figure:
     x = x[None] if x.ndim == 3 else x
     n_rows, n_bins = x.shape[:2]
     with matplotlib.rc_context(STYLE):
-        figure = _figure(1.9 * n_bins + 0.9, 2.0 * n_rows + 0.5)
+        figure = _figure(1.9 * n_bins + 0.9, 1.8 * n_rows + 0.5)
         axes = figure.subplots(n_rows, n_bins, squeeze=False)
         for r, row in enumerate(axes):
             limit = 3 * x[r].std()
@@ -258,7 +258,7 @@ def two_moons(
             image = axis.imshow(log_density, origin="lower", extent=extent, cmap="viridis", vmin=top - 10, vmax=top)
             axis.axhline(cut["y"], color="white", lw=0.8, ls=":")
             axis.set(title=title, xlabel=r"$\theta_1$", ylabel=r"$\theta_2$" if i == 0 else None)
-        figure.colorbar(image, ax=figure.axes, shrink=0.9, pad=0.01, extend="min").set_label("log density")
+        figure.colorbar(image, ax=figure.axes, shrink=0.6, pad=0.01, extend="min").set_label("log density")
         axis = figure.add_subplot(grid[1, :])
         for i, (title, score) in enumerate(scores.items()):
             exact = title.lower().startswith("exact")

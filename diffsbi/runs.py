@@ -109,13 +109,14 @@ class Run:
         write_json(self.folder / "manifest.json", manifest)
 
 
-def start_run(folder: str | Path, config: Mapping, streams: tuple[str, ...]) -> Run:
+def start_run(folder: str | Path, config: Mapping, streams: tuple[str, ...], free: tuple[str, ...] = ()) -> Run:
     """Open the run folder of `config`, new or begun before.
 
     Args:
         folder: The run folder.
         config: The resolved configuration, as JSON values, with its `seed`.
         streams: Names of the random streams; the position of a name decides its key.
+        free: Dotted keys of settings (or sections) that may change in a begun run; `config.yaml` follows.
 
     Raises:
         ValueError: If the folder holds a run of another configuration (the message says what differs) or
@@ -124,12 +125,14 @@ def start_run(folder: str | Path, config: Mapping, streams: tuple[str, ...]) -> 
     """
     folder = Path(folder)
     if (folder / "manifest.json").exists():
-        run = open_run(folder)
-        found = differences(dict(run.config), dict(config))
-        if found:
-            there = "; ".join(found)
+        found = differences(dict(open_run(folder).config), dict(config))
+        fixed = [line for line in found if not any(f"{line}.".startswith((f"{key}.", f"{key}:")) for key in free)]
+        if fixed:
+            there = "; ".join(fixed)
             raise ValueError(f"{folder} holds a run of another configuration ({there}). Choose another --out.")
-        return run
+        if found:
+            write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        return open_run(folder)
     if folder.is_file() or (folder.exists() and any(p.name not in _FIRST_FILES for p in folder.iterdir())):
         raise ValueError(
             f"Expected {folder} to be a new folder or a run; it holds something else. Choose another --out."

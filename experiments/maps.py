@@ -34,7 +34,7 @@ def main(cfg: Config, out: Path) -> None:
 def _maps(cfg: Config, run, folder: Path) -> dict:
     sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.side_deg)
     draws = sim.draw(run.key("maps"), 1, sim.fiducial, with_score=False, keep_latents=True)
-    signal = jax.jit(sim.convergence)(sim.fiducial, draws.latents[0])
+    signal = jax.jit(lambda z: sim.convergence(sim.fiducial, z))(draws.latents[0])
     np.savez(folder / "maps.npz", maps=np.stack([signal, draws.x[0]]))
     return {"simulations": 1}
 

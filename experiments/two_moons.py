@@ -35,9 +35,9 @@ def main(cfg: Config, out: Path) -> None:
 
 
 def _points(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
-    """A grid over both moons `(n, n, 2)`, and a line through them `(m, 2)`."""
+    """A grid over both moons `(n, n, 2)`, and a line across one of them `(m, 2)`."""
     x, y = np.linspace(0.2, 0.9, cfg.n_grid), np.linspace(0.3, 0.7, cfg.n_grid)
-    line = np.linspace(0.2, 0.9, 20 * cfg.n_grid)
+    line = np.linspace(0.25, 0.65, 20 * cfg.n_grid)
     return np.stack(np.meshgrid(x, y), -1), np.stack([line, np.full_like(line, cfg.cut)], -1)
 
 

@@ -89,6 +89,16 @@ def test_another_configuration_is_refused(tmp_path):
     assert open_run(tmp_path / "run").config == CONFIG
 
 
+def test_free_settings_may_change(tmp_path):
+    free = ("survey.noise", "compare")
+    old, new = ({"survey": {"n_pix": 64, "noise": n}, "compare": {"n": n}} for n in (1, 2))
+    start_run(tmp_path / "run", CONFIG | old, STREAMS, free)
+    assert start_run(tmp_path / "run", CONFIG | new, STREAMS, free).config == CONFIG | new
+    assert open_run(tmp_path / "run").config == CONFIG | new
+    with pytest.raises(ValueError, match=r"\(survey.n_pix: 64 there, 32 here\)"):
+        start_run(tmp_path / "run", CONFIG | {"survey": {"n_pix": 32, "noise": 1}, "compare": {"n": 1}}, STREAMS, free)
+
+
 def test_folders_that_are_no_runs_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="holds something else"):
