@@ -134,15 +134,16 @@ def _flow(key, dim, condition_dim, transformer, size, kind, layers, width, depth
         if value < 1:
             raise ValueError(f"Expected {name} >= 1; got {value}.")
     config = (dim, condition_dim, transformer, size, kind, layers, width, depth, activation)
-    arrays, _ = eqx.partition(_build(key, *config), eqx.is_array)
-    return eqx.combine(arrays, _static(config, str(jnp.result_type(float))))
+    flow = _build(key, *config)
+    if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside jit: nothing may stay in the cache
+        return flow
+    return eqx.combine(eqx.filter(flow, eqx.is_array), _static(config, str(jnp.result_type(float))))
 
 
 @functools.lru_cache(maxsize=64)
 def _static(config, dtype: str):
     """What is not an array, shared by all flows of one configuration: FlowJAX makes fresh closures each time."""
-    with jax.ensure_compile_time_eval():  # a tracer must not stay in the cache
-        return eqx.partition(_build(jax.random.key(0), *config), eqx.is_array)[1]
+    return eqx.partition(_build(jax.random.key(0), *config), eqx.is_array)[1]
 
 
 def _build(key, dim, condition_dim, transformer, size, kind, layers, width, depth, activation):
@@ -164,7 +165,8 @@ def _build(key, dim, condition_dim, transformer, size, kind, layers, width, dept
             last = _last_of_coupling
         return _permuted(eqx.tree_at(last, bijection, replace_fn=lambda w: _FIRST_OUTPUTS * w), kind, key_permutation)
 
-    return Transformed(base, Invert(Scan(eqx.filter_vmap(layer)(jax.random.split(key, layers)))))
+    with jax.numpy_rank_promotion("allow"):  # FlowJAX builds its masks so
+        return Transformed(base, Invert(Scan(eqx.filter_vmap(layer)(jax.random.split(key, layers)))))
 
 
 def _last_of_autoregressive(bijection):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flowjax.distributions import AbstractDistribution
 
-from diffsbi._types import Array, Float
+from diffsbi._types import Array, Float, Key
 from diffsbi.prior import Prior
 
 _SMALLEST_NOISE = 0.05  # of the score, in units of the standardised posterior's own score
@@ -32,10 +32,19 @@ def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array
 
 
 class ScoredDensity(eqx.Module):
-    r"""What is trained: a density, and the (Cholesky factor of the inverse) covariance of the score's noise."""
+    r"""What is trained: a density, and the covariance of the score's noise, $\Sigma(v, c) = e^{2 s(v, c)} \Sigma_0$.
+
+    `noise` holds the Cholesky factor of $\Sigma_0^{-1}$ and `level` is a small network for s, zero at first:
+    scores are larger where posteriors are narrower.
+    """
 
     density: AbstractDistribution
     noise: Float[Array, "p p"] | None = None
+    level: eqx.nn.MLP | None = None
+
+    def log_level(self, v: Float[Array, "n p"], c: Float[Array, "n d"]) -> Float[Array, " n"]:
+        """s, between −3 and 3."""
+        return 3 * jnp.tanh(jax.vmap(self.level)(jnp.concatenate([v, c], -1)) / 3)
 
     def whiten_noise(self, residual: Float[Array, "n p"]) -> tuple[Array, Array]:
         r"""$(R r, \log\det R)$ with $R = D (1 + T)$: T strictly lower triangular, D diagonal, at most 1/0.05."""
@@ -87,7 +96,16 @@ class MeasuredScore(AbstractScoreLoss):
         model = eqx.combine(params, static)
         value, residual = _value_and_residual(model.density, batch)
         white, log_det = model.whiten_noise(residual)
-        return -jnp.mean(value) + 0.5 * jnp.mean(jnp.sum(white**2, -1)) - log_det
+        level = model.log_level(batch["v"], batch["c"])
+        distance = jnp.sum(white**2, -1) * jnp.exp(-2 * level)
+        return jnp.mean(-value + 0.5 * distance + level * residual.shape[-1]) - log_det
+
+
+def noise_level(key: Key, dim: int, condition_dim: int) -> eqx.nn.MLP:
+    """A new `ScoredDensity.level`."""
+    network = eqx.nn.MLP(dim + condition_dim, "scalar", 16, 1, activation=jax.nn.silu, key=key)
+    last = lambda n: (n.layers[-1].weight, n.layers[-1].bias)  # noqa: E731
+    return eqx.tree_at(last, network, replace_fn=jnp.zeros_like)
 
 
 def first_noise(v: Array, score: Array) -> Array:

@@ -26,7 +26,10 @@ class Member(eqx.Module):
 
     def sample(self, key: Key, n: int, x: Float[Array, "*m d"]) -> Float[Array, "n *m p"]:
         c = self.standardiser.condition(x)
-        return self.standardiser.from_standard(self.density.sample(key, (n,), c), c)
+        keys = jax.random.split(key, (n, *c.shape[:-1]))
+        wide = jnp.broadcast_to(c, (*keys.shape, c.shape[-1]))
+        draw = jnp.vectorize(lambda key, c: self.density.sample(key, (), c), signature="(),(d)->(p)")
+        return self.standardiser.from_standard(draw(keys, wide), wide)
 
 
 class Posterior(eqx.Module):

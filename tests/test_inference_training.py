@@ -1,0 +1,98 @@
+"""The training loop, on models small enough to be solved by hand."""
+
+import warnings
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffsbi.inference.training import fit, split_rows
+
+
+class Line(eqx.Module):
+    slope: jax.Array
+    name: str = "line"
+
+
+def line():
+    return Line(jnp.zeros(()))
+
+
+def data(n, seed=0):
+    x = jax.random.normal(jax.random.key(seed), (n,))
+    return {"x": x, "y": 2 * x}
+
+
+def squared(params, static, batch, key):
+    return jnp.mean((eqx.combine(params, static).slope * batch["x"] - batch["y"]) ** 2)
+
+
+def test_solves_least_squares_and_accounts_for_it():
+    options = {"max_epochs": 400, "batch_size": 20, "learning_rate": 5e-2, "patience": 30}
+    model, history = fit(jax.random.key(0), line(), data(50), data(20, 1), squared, **options)
+    assert abs(float(model.slope) - 2) < 1e-2
+    assert model.name == "line"
+    assert history.steps == 3 * len(history.train) and len(history.train) == len(history.validation)
+    assert history.best_validation == history.validation.min() == history.validation[history.best_epoch - 1]
+
+
+def test_stops_early_with_the_best_state():
+    """Validation rows that want another slope: the best model is one that passes near it on the way."""
+    other = {"x": jnp.ones(10), "y": jnp.full(10, 1.0)}
+    options = {"max_epochs": 2000, "learning_rate": 2e-2, "patience": 25}
+    model, history = fit(jax.random.key(0), line(), data(64), other, squared, **options)
+    assert history.stop_reason == "no improvement in 25 epochs"
+    assert len(history.train) == history.best_epoch + 25
+    assert abs(float(model.slope) - 1) < 0.05
+    np.testing.assert_allclose(squared(model, None, other, None), history.best_validation, rtol=1e-6)
+
+
+def test_same_key_same_fit():
+    fits = [fit(jax.random.key(k), line(), data(50), data(20, 1), squared, max_epochs=5)[0] for k in (0, 0, 1)]
+    assert float(fits[0].slope) == float(fits[1].slope) != float(fits[2].slope)
+
+
+def test_loss_that_is_not_finite_stops_with_the_best_state_kept():
+    def brittle(params, static, batch, key):
+        slope = eqx.combine(params, static).slope
+        return squared(params, static, batch, key) + jnp.where(slope > 1.0, jnp.nan, 0.0)
+
+    with pytest.warns(UserWarning, match=r"The loss became nan .* at epoch \d+; kept epoch \d+"):
+        model, history = fit(jax.random.key(0), line(), data(64), data(20, 1), brittle, learning_rate=2e-2)
+    assert 0.5 < float(model.slope) <= 1.0
+    assert history.stop_reason.startswith("loss not finite at epoch")
+
+
+def test_loss_never_finite_returns_the_untrained_model():
+    with pytest.warns(UserWarning, match="at epoch 1; kept the untrained model"):
+        model, history = fit(
+            jax.random.key(0), line(), data(64), data(20, 1), lambda p, s, b, k: squared(p, s, b, k) + jnp.nan
+        )
+    assert float(model.slope) == 0 and history.best_epoch == 0
+
+
+def test_compiles_once_whatever_the_number_of_epochs_and_fits():
+    counted = chex.assert_max_traces(squared, n=5)  # gradient and validation inside the scan, and the first evaluation
+    for seed in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(jax.random.key(seed), line(), data(50, seed), data(20, 1), counted, max_epochs=6, batch_size=7)
+    chex.clear_trace_counter()
+
+
+def test_split_is_disjoint_complete_and_fixed():
+    train, held_out = split_rows(jax.random.key(0), 103, 0.1)
+    assert len(held_out) == 10
+    assert sorted([*train, *held_out]) == list(range(103))
+    assert np.array_equal(split_rows(jax.random.key(0), 103, 0.1)[0], train)
+    with pytest.raises(ValueError, match="between 0 and 1; got 1.5"):
+        split_rows(jax.random.key(0), 103, 1.5)
+
+
+@pytest.mark.parametrize("option", ["max_epochs", "batch_size", "patience", "learning_rate"])
+def test_settings_out_of_range_are_named(option):
+    with pytest.raises(ValueError, match=f"{option} >=? ?.*; got 0"):
+        fit(jax.random.key(0), line(), data(64), data(20, 1), squared, **{option: 0})
