@@ -13,7 +13,7 @@ AXES = ("bin", "row", "column")
 __all__ = ["band_spectra", "describe_units", "parse_axis_order", "read_map"]
 
 
-def parse_axis_order(axis_order: str | None, shape: tuple[int, ...]) -> tuple[str, str, str]:
+def parse_axis_order(axis_order: str | None, shape: tuple[int, ...]) -> tuple[str, ...]:
     """The three axis names of e.g. `"row,column,bin"`.
 
     Raises:

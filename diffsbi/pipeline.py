@@ -135,7 +135,7 @@ class Analysis:
 
     def _simulate(self, folder: Path) -> Mapping:
         settings, survey = self.config.simulations, self.config.survey
-        arrays = {"theta": (self.sim.prior.dim,), "score": (self.sim.prior.dim,)}
+        arrays: dict[str, tuple[int, ...]] = {"theta": (self.sim.prior.dim,), "score": (self.sim.prior.dim,)}
         arrays |= {"statistics": (len(self.statistics.names),)}
         if settings.keep_maps:
             arrays["x"] = (survey.n_bins, survey.n_pix, survey.n_pix)

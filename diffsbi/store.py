@@ -5,6 +5,7 @@ import errno
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -68,7 +69,7 @@ class SimulationStore:
         if set(arrays) != set(self.header["arrays"]):
             raise ValueError(f"Expected arrays {sorted(self.header['arrays'])}; got {sorted(arrays)}.")
         with explain_full_disk(self.folder, f"simulations {block.start} to {block.stop - 1}"):
-            group = zarr.open_group(self.folder, mode="r+")
+            group: Any = zarr.open_group(self.folder, mode="r+")
             with zarr.config.set({"array.write_empty_chunks": True}):  # rows of zeros must exist as a file too
                 for name, value in arrays.items():
                     group[name][block.start : block.stop] = value

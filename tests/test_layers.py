@@ -12,6 +12,7 @@ BOTTOM = {"_types", "_files", "prior", "bands"}
 ROOMS: dict[str, set[str]] = {
     "_types": set(),
     "_files": set(),
+    "_cache": set(),
     "prior": {"_types"},
     "bands": {"_types"},
     "cosmology": BOTTOM,
