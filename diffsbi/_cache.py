@@ -13,7 +13,7 @@ def enable() -> None:
     A folder that cannot be written is left alone: compilation is then only slower.
     """
     folder = os.environ.get("DIFFSBI_CACHE", "")
-    if folder == "off" or jax.config.jax_compilation_cache_dir is not None:
+    if folder == "off" or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     path = Path(folder) if folder else user_cache_path("diffsbi") / "jax"
     try:

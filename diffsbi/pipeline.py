@@ -291,6 +291,8 @@ def _with_progress(store: SimulationStore, progress: bool):
     from tqdm.auto import tqdm
 
     missing = store.missing()
+    if not missing:
+        return
     done = store.n - sum(map(len, missing))
     with tqdm(total=store.n, initial=done, disable=not progress, desc="simulate", unit="sim") as bar:
         for block in missing:

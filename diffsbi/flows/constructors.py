@@ -184,7 +184,7 @@ def _permuted(bijection: AbstractBijection, kind: str, key: Key) -> AbstractBije
     if dim == 1:
         return bijection
     if dim == 2 or kind == "autoregressive":
-        return Chain([bijection, Flip((dim,))])
+        return Chain([bijection, Flip((dim,))])  # type: ignore[call-arg]
     return Chain([bijection, Permute(jax.random.permutation(key, dim))])
 
 

@@ -44,7 +44,8 @@ class ScoredDensity(eqx.Module):
 
     def log_level(self, v: Float[Array, "n p"], c: Float[Array, "n d"]) -> Float[Array, " n"]:
         """s, between −3 and 3."""
-        return 3 * jnp.tanh(jax.vmap(self.level)(jnp.concatenate([v, c], -1)) / 3)
+        level = jax.vmap(self.level)(jnp.concatenate([v, c], -1))  # type: ignore[type-var]
+        return 3 * jnp.tanh(level / 3)
 
     def whiten_noise(self, residual: Float[Array, "n p"]) -> tuple[Array, Array]:
         r"""$(R r, \log\det R)$ with $R = D (1 + T)$: T strictly lower triangular, D diagonal, at most 1/0.05."""

@@ -142,7 +142,7 @@ class NPE:
         rows = self._unconstrained_rows()
         batch_size = batch_size or int(np.clip(len(self) // 10, 32, 256))
         patience = patience or max(20, 400 * batch_size // len(self))
-        options = {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
+        options: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
         options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
         fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
         config = {
