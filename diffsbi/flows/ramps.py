@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flowjax.bijections import AbstractBijection
 from jax.nn import log_sigmoid, log_softmax
-from jax.scipy.special import logsumexp
 
 from diffsbi._types import Array, Float
 
@@ -87,9 +86,15 @@ def _mixture(ramps, x: Array) -> tuple[Array, Array]:
     h = jnp.exp(log_a) * (x - m)
     below = log_sigmoid(h)
     above = below - h
-    log_p = logsumexp(log_w + below)
-    log_q = logsumexp(log_w + above)
-    return log_p - log_q, logsumexp(log_w + log_a + below + above) - log_p - log_q
+    log_p = _log_sum_exp(log_w + below)
+    log_q = _log_sum_exp(log_w + above)
+    return log_p - log_q, _log_sum_exp(log_w + log_a + below + above) - log_p - log_q
+
+
+def _log_sum_exp(terms: Array) -> Array:
+    """log Σ exp of finite terms. `jax.scipy`'s guards against infinities crash XLA's CPU backend here (jaxlib 0.10.2)."""
+    top = jax.lax.stop_gradient(jnp.max(terms))
+    return top + jnp.log(jnp.sum(jnp.exp(terms - top)))
 
 
 @jax.custom_jvp

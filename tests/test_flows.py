@@ -1,0 +1,217 @@
+"""Every conditional density of the table: one list of cases, the same properties for each."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffsbi.flows import FLOWS, NOT_SMOOTH, LogisticRamps, is_smooth
+from diffsbi.flows.affine import ConditionalAffine, with_linear_part
+
+SMALL = {"layers": 2, "width": 16, "depth": 1}
+NAMES = sorted(FLOWS)
+
+
+def make(name, dim, condition_dim, seed=0, moved_by=0.3):
+    """A small flow with its parameters moved well away from the identity."""
+    flow = FLOWS[name](jax.random.key(seed), dim, condition_dim, **SMALL)
+    arrays, static = eqx.partition(flow, eqx.is_inexact_array)
+    leaves, tree = jax.tree.flatten(arrays)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [a + moved_by * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys, strict=True)]
+    return eqx.combine(jax.tree.unflatten(tree, moved), static)
+
+
+def condition_of(condition_dim):
+    return None if condition_dim is None else jnp.linspace(-0.5, 1.0, condition_dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "condition_dim"), [(n, 3, 2) for n in NAMES] + [("smooth", 1, None), ("smooth", 1, 2)]
+)
+def test_round_trip_and_log_det(x64, name, dim, condition_dim):
+    bijection, c = make(name, dim, condition_dim).bijection, condition_of(condition_dim)
+    v = jax.random.normal(jax.random.key(2), (4, dim))
+
+    @eqx.filter_jit
+    def both(bijection, v):
+        u, forward = bijection.transform_and_log_det(v, c)
+        back, backward = bijection.inverse_and_log_det(u, c)
+        jacobian = jax.jacfwd(lambda u: bijection.inverse_and_log_det(u, c)[0])(u)
+        return back, forward, backward, jnp.linalg.slogdet(jacobian)[1]
+
+    back, forward, backward, autodiff = jax.vmap(lambda v: both(bijection, v))(v)
+    np.testing.assert_allclose(back, v, atol=1e-9)
+    np.testing.assert_allclose(forward, -backward, atol=1e-9)
+    np.testing.assert_allclose(backward, autodiff, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "points", "edge"),
+    [(n, 2, 251, 25.0) for n in NAMES] + [("smooth", 1, 2001, 60.0), ("coupling", 1, 2001, 60.0)],
+)
+def test_integrates_to_one(x64, name, dim, points, edge):
+    flow = with_linear_part(make(name, dim, None if dim == 1 else 2, moved_by=0.15))
+    # Stretched grid: fine in the bulk, out to far tails.
+    t = jnp.linspace(-1, 1, points)
+    axis, weight = edge * jnp.sinh(5 * t) / jnp.sinh(5.0), edge * 5 * jnp.cosh(5 * t) / jnp.sinh(5.0) * (t[1] - t[0])
+    grid = jnp.stack(jnp.meshgrid(*[axis] * dim, indexing="ij"), -1).reshape(-1, dim)
+    volume = functools.reduce(jnp.multiply.outer, [weight] * dim).ravel()
+    c = condition_of(None if dim == 1 else 2)
+    density = jnp.exp(eqx.filter_jit(jax.vmap(lambda u: flow.log_prob(u, c)))(grid))
+    assert abs(float(jnp.sum(density * volume)) - 1) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["smooth", "smooth_coupling"])
+def test_samples_follow_the_density(x64, name):
+    flow, c = make(name, 2, 2), condition_of(2)
+    # Drawing goes one way through the bijection, the density the other way.
+    keys = jax.random.split(jax.random.key(5), 1000)
+    v = eqx.filter_jit(jax.vmap(lambda k: flow.bijection.inverse(flow.sample(k, (), c), c)))(keys)
+    error = 1 / np.sqrt(len(v))
+    assert np.all(np.abs(np.mean(v, 0)) < 4.5 * error)
+    assert np.all(np.abs(np.var(v, 0) - 1) < 4.5 * np.sqrt(2) * error)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_score_is_continuous_exactly_where_promised(x64, name):
+    flow, c = make(name, 2, 2), condition_of(2)
+
+    @eqx.filter_jit
+    def slopes(flow, t):
+        curvature = jax.grad(lambda t: flow.log_prob(jnp.stack([t, 0.3]), c))
+        return jax.vmap(curvature)(t)
+
+    def jump(n):
+        return float(jnp.abs(jnp.diff(slopes(flow, jnp.linspace(-4, 4, n)))).max())
+
+    smooth = jump(1_000) > 3 * jump(4_000)
+    assert smooth == is_smooth(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_leaves_give_the_same_density(tmp_path, name):
+    flow, other = make(name, 2, 2, seed=0), make(name, 2, 2, seed=3)
+    eqx.tree_serialise_leaves(tmp_path / "flow.eqx", flow)
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "flow.eqx", other)
+    u, c = jnp.asarray([0.3, -1.0]), condition_of(2)
+    assert float(flow.log_prob(u, c)) == float(loaded.log_prob(u, c))
+    assert float(flow.log_prob(u, c)) != float(other.log_prob(u, c))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_input_is_finite_in_float32(name):
+    flow = FLOWS[name](jax.random.key(0), 3, 2)
+
+    @eqx.filter_jit
+    def value_and_gradients(flow, u, c):
+        arrays, static = eqx.partition(flow, eqx.is_inexact_array)
+        density = lambda a, u, c: eqx.combine(a, static).log_prob(u, c)  # noqa: E731
+        return jax.value_and_grad(density, argnums=(0, 1, 2))(arrays, u, c)
+
+    for size in (1e3, -1e3):
+        for u, c in [(size, 0.1), (0.1, size), (size, size)]:
+            out = value_and_gradients(flow, jnp.full(3, u), jnp.full(2, c))
+            assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(out)), (u, c)
+        assert bool(jnp.all(jnp.isfinite(flow.sample(jax.random.key(1), (), jnp.full(2, size)))))
+
+
+def test_static_part_is_shared_so_that_a_compiled_step_serves_every_flow():
+    for name in NAMES:
+        one, two = (eqx.partition(FLOWS[name](jax.random.key(i), 2, 3), eqx.is_array)[1] for i in (0, 1))
+        assert jax.tree.leaves(one) == jax.tree.leaves(two)
+        assert jax.tree.structure(one) == jax.tree.structure(two)
+
+
+def test_table_names_what_is_not_smooth():
+    assert NOT_SMOOTH == {"spline"}
+    with pytest.raises(ValueError, match="Unknown flow 'smoth'.*Did you mean 'smooth'"):
+        is_smooth("smoth")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"dim": 0}, "dim >= 1; got 0"),
+    ({"dim": 2, "layers": 0}, "layers >= 1; got 0"),
+    ({"dim": 2, "kind": "autoregresive"}, "Did you mean 'autoregressive'"),
+    ({"dim": 2, "ramps": 0}, "at least one ramp; got 0"),
+])  # fmt: skip
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        FLOWS["smooth"](jax.random.key(0), **options)
+
+
+# The transformer itself
+
+
+def ramps_with(seed, ramps=5):
+    arrays, static = eqx.partition(LogisticRamps(ramps), eqx.is_inexact_array)
+    leaves, tree = jax.tree.flatten(arrays)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [a + jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return eqx.combine(jax.tree.unflatten(tree, moved), static)
+
+
+def test_new_ramps_are_nearly_the_identity():
+    x = jnp.linspace(-3, 3, 61)
+    for ramps in (1, 4, 8):
+        y, log_det = jax.vmap(LogisticRamps(ramps).transform_and_log_det)(x)
+        np.testing.assert_allclose(y, x, atol=0.06)
+        np.testing.assert_allclose(log_det, 0.0, atol=0.08)
+
+
+def test_ramps_can_be_bimodal(x64):
+    """Two far, narrow ramps: the density of x has two modes (an affine transformer has one)."""
+    ramps = eqx.tree_at(
+        lambda r: (r.centres, r.log_slopes), LogisticRamps(2), (jnp.asarray([-2.0, 2.0]), jnp.full(2, 1.5))
+    )
+    x = jnp.linspace(-5, 5, 401)
+    y, log_det = jax.vmap(ramps.transform_and_log_det)(x)
+    density = jnp.exp(jax.scipy.stats.norm.logpdf(y) + log_det)
+    assert float(density[200]) < 0.1 * float(density.max())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradient_of_the_inverse_equals_finite_differences(x64, seed):
+    ramps = ramps_with(seed)
+    arrays, static = eqx.partition(ramps, eqx.is_inexact_array)
+    flat, unravel = jax.flatten_util.ravel_pytree(arrays)
+
+    @jax.jit
+    def both(flat, y):
+        x, log_det = eqx.combine(unravel(flat), static).inverse_and_log_det(y)
+        return jnp.stack([x, log_det])
+
+    y, step = 0.7, 1e-6
+    by_parameter, by_argument = jax.jacobian(both, argnums=(0, 1))(flat, y)
+    for i in range(len(flat)):
+        move = step * jnp.eye(len(flat))[i]
+        difference = (both(flat + move, y) - both(flat - move, y)) / (2 * step)
+        np.testing.assert_allclose(by_parameter[:, i], difference, rtol=1e-6, atol=1e-8)
+    difference = (both(flat, y + step) - both(flat, y - step)) / (2 * step)
+    np.testing.assert_allclose(by_argument, difference, rtol=1e-6, atol=1e-8)
+    # Twice differentiable: the score loss needs it.
+    second = jax.hessian(lambda y: both(flat, y)[0])(y)
+    slope = jax.grad(lambda y: both(flat, y)[0])
+    np.testing.assert_allclose(second, (slope(y + 1e-5) - slope(y - 1e-5)) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+def test_inverse_converges_far_out(x64):
+    y = jnp.asarray([-1e3, -30.0, -1e-9, 0.0, 2.0, 50.0, 1e3])
+    for seed in range(8):
+        ramps = ramps_with(seed)
+        x = jax.vmap(ramps.inverse)(y)
+        np.testing.assert_allclose(jax.vmap(ramps.transform)(x), y, rtol=1e-12, atol=1e-12)
+
+
+def test_conditional_affine_is_the_linear_gaussian(x64):
+    affine = ConditionalAffine(2, 3)
+    fields = (jnp.asarray([[9.0, 9.0], [0.5, 9.0]]), jnp.asarray([0.1, -0.2]), jnp.ones((2, 3)), jnp.asarray([1.0, 2.0]))
+    affine = eqx.tree_at(lambda a: (a.lower, a.log_diagonal, a.slope, a.loc), affine, fields)
+    c = jnp.asarray([0.1, 0.2, 0.3])
+    y, log_det = affine.transform_and_log_det(jnp.asarray([1.0, 1.0]), c)
+    np.testing.assert_allclose(y, [np.exp(0.1) + 1.6, 0.5 + np.exp(-0.2) + 2.6])
+    np.testing.assert_allclose(log_det, -0.1)
+    np.testing.assert_allclose(affine.inverse(y, c), 1.0)
