@@ -56,16 +56,16 @@ def log_growth(cosmo: Cosmology, z: Float[Array, " n"]) -> Float[Array, " n"]:
     $\int_0^1 t^{\beta-1}(1-t)^{\gamma-\beta-1}(1-xt)^{-\alpha} dt$ and a double-exponential rule.
     """
     tau = np.arange(-3.1, 3.11, 0.155)
-    log_t = -np.logaddexp(0.0, -np.pi * np.sinh(tau))
-    log_1t = -np.logaddexp(0.0, np.pi * np.sinh(tau))
     w = cosmo.w_0
+    log_t = jnp.asarray(-np.logaddexp(0.0, -np.pi * np.sinh(tau)), w.dtype)
+    log_1t = jnp.asarray(-np.logaddexp(0.0, np.pi * np.sinh(tau)), w.dtype)
     beta = (w - 1) / (2 * w)
     rest = 0.5 - 1 / (3 * w)
-    weight = jnp.exp(beta * log_t + rest * log_1t) * np.cosh(tau)
+    weight = jnp.exp(beta * log_t + rest * log_1t) * jnp.asarray(np.cosh(tau), w.dtype)
 
     def log_integral(z):
         x = -(1 - cosmo.omega_m) / cosmo.omega_m * jnp.exp(3 * w * jnp.log1p(z))
-        return jnp.log(jnp.exp(jnp.log1p(-x[:, None] * np.exp(log_t)[None, :]) / (3 * w)) @ weight)
+        return jnp.log(jnp.exp(jnp.log1p(-x[:, None] * jnp.exp(log_t)[None, :]) / (3 * w)) @ weight)
 
     both = log_integral(jnp.concatenate([jnp.zeros((1,), z.dtype), z]))
     return both[1:] - both[0] - jnp.log1p(z)

@@ -88,13 +88,13 @@ class Convergence(eqx.Module):
         i, j = np.triu_indices(self.n_bins)
         line = self.weight * per_z
         # P / chi^2 = 2 pi^2 d2 chi / nu^3; the factor of nu is put back in the logarithm.
-        limber = (kernel[i] * kernel[j] * (line * chi)) @ d2
-        log_limber = jnp.log(limber) + np.log(2 * np.pi**2) - 3 * self.log_nu
+        limber = (kernel[i] * kernel[j] * (line * chi)[None, :]) @ d2
+        log_limber = jnp.log(limber) + (np.log(2 * np.pi**2) - 3 * self.log_nu)[None, :]
         return log_limber, self._shift(kernel, line, log_k, d2, d2_linear)
 
     def _kernels(self, cosmo: Cosmology, chi: Array) -> Array:
         tail = self.inverse @ (self.z / chi)
-        geometry = (1 + self.z) * chi * (self.above - chi * tail)
+        geometry = ((1 + self.z) * chi)[None, :] * (self.above - chi[None, :] * tail)
         return 1.5 * cosmo.omega_m / HUBBLE_RADIUS**2 * geometry
 
     def _shift(self, kernel, line, log_k, d2, d2_linear):

@@ -88,17 +88,18 @@ class LinearPower(NamedTuple):
     @property
     def dimensionless(self) -> Array:
         r"""$\Delta^2(k) = k^3 P / 2\pi^2$ on the grid."""
-        return jnp.exp(self.log_power + 3 * LOG_K) / (2 * np.pi**2)
+        return jnp.exp(self.log_power + 3 * jnp.asarray(LOG_K, self.log_power.dtype)) / (2 * np.pi**2)
 
 
 def linear_power(cosmo: Cosmology) -> LinearPower:
     r"""$P(k) \propto k^{n_s} T^2(k)$ with $\sigma_8^2 = \int d\ln k\, \Delta^2(k) W^2(8k)$, W the top hat of a sphere."""
-    k = np.exp(LOG_K)
-    log_power = cosmo.n_s * LOG_K + 2 * log_transfer(cosmo, k)
-    tophat = _tophat_weights() * LOG_K_STEP / (2 * np.pi**2)
-    norm = jnp.sum(jnp.exp(log_power + 3 * LOG_K) * tophat)
+    dtype = cosmo.sigma_8.dtype
+    log_k = jnp.asarray(LOG_K, dtype)
+    log_power = cosmo.n_s * log_k + 2 * log_transfer(cosmo, jnp.exp(log_k))
+    tophat = jnp.asarray(_tophat_weights() * LOG_K_STEP / (2 * np.pi**2), dtype)
+    norm = jnp.sum(jnp.exp(log_power + 3 * log_k) * tophat)
     log_power = log_power + 2 * jnp.log(cosmo.sigma_8) - jnp.log(norm)
-    taps = prefilter_taps()
+    taps = jnp.asarray(prefilter_taps(), dtype)
     padded = jnp.pad(log_power, len(taps) // 2, mode="reflect", reflect_type="odd")
     return LinearPower(log_power, jnp.convolve(padded, taps, mode="valid"))
 
@@ -146,7 +147,8 @@ def nonlinear_scale(linear: LinearPower, log_growth: Float[Array, " z"]) -> NonL
     y2 = np.exp(2 * (LOG_R[:, None] + LOG_K[None, :]))
     gauss = np.exp(-np.minimum(y2, 700.0)) * LOG_K_STEP
     moments = np.stack([gauss, -2 * y2 * gauss, (4 * y2**2 - 4 * y2) * gauss])
-    s0, s1, s2 = jnp.einsum("drk,k->dr", np.where(y2 < 700, moments, 0.0), linear.dimensionless)
+    moments = jnp.asarray(np.where(y2 < 700, moments, 0.0), log_growth.dtype)
+    s0, s1, s2 = jnp.einsum("drk,k->dr", moments, linear.dimensionless)
     v0, v1, v2 = jnp.log(s0), s1 / s0, s2 / s0 - (s1 / s0) ** 2
 
     target = -2 * log_growth

@@ -31,7 +31,7 @@ def scoring_step(sim: LensingMaps, x: Float[Array, "bins n n"], theta: Float[Arr
     def matrices(t):
         return sim.mode_power(t).reshape(len(i), m * m)[index].transpose(2, 0, 1)
 
-    covariance = matrices(theta) + jnp.diag(sim.noise**2)
+    covariance = matrices(theta) + jnp.diag(sim.noise**2)[None]
     slopes = jnp.moveaxis(jax.jacfwd(matrices)(theta), -1, 0)
     inverse = jnp.linalg.inv(covariance)
     whitened = jnp.einsum("kij,akjl->akil", inverse, slopes)

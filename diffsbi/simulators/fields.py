@@ -106,9 +106,9 @@ def cholesky(pairs: Sequence[Array], n: int, floor: float = 1e-6) -> Triangle:
     least = [jnp.maximum(floor * jnp.abs(a[k, k]), jnp.finfo(a[k, k].dtype).tiny) for k in range(n)]
     for k in range(n):
         good = a[k, k] > least[k]
-        pivot = jnp.where(good, a[k, k], least[k])
-        scale = jnp.where(good, jax.lax.rsqrt(pivot), 0.0)
-        a[k, k] = jnp.sqrt(pivot)
+        root = jnp.sqrt(jnp.where(good, a[k, k], 1.0))  # 1 where unused: its derivative must be finite too
+        scale = jnp.where(good, 1 / root, 0.0)
+        a[k, k] = jnp.where(good, root, jax.lax.stop_gradient(jnp.sqrt(least[k])))
         for row in range(k + 1, n):
             a[row, k] = a[row, k] * scale
         for row in range(k + 1, n):
@@ -131,12 +131,16 @@ def lower_inverse(r: Triangle) -> Triangle:
 
 def lower_times(a: Triangle, y: Sequence[Array]) -> list[Array]:
     """A y for lower-triangular A, elementwise over the batch."""
-    return [sum(x * y[j] for j, x in enumerate(row)) for row in a]
+    return [sum(_like(x, y[j]) * y[j] for j, x in enumerate(row)) for row in a]
 
 
 def upper_times(a: Triangle, y: Sequence[Array]) -> list[Array]:
     """Aᵀ y for lower-triangular A, elementwise over the batch."""
-    return [sum(a[k][i] * y[k] for k in range(i, len(a))) for i in range(len(a))]
+    return [sum(_like(a[k][i], y[k]) * y[k] for k in range(i, len(a))) for i in range(len(a))]
+
+
+def _like(x: Array, y: Array) -> Array:
+    return jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
 
 
 def fold(x: Float[Array, "*b n n"]) -> Float[Array, "*b 2 2 m m"]:

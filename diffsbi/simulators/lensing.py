@@ -106,7 +106,7 @@ class LensingMaps(AbstractSimulator):
         return dist.Normal(0.0, 1.0).expand(self._map_shape).to_event(3)
 
     def likelihood(self, state, z):
-        return dist.Normal(self._convergence(state, z), self.noise[:, None, None]).to_event(3)
+        return dist.Normal(self._convergence(state, z), jnp.broadcast_to(self.noise[:, None, None], self._map_shape)).to_event(3)
 
     def transports(self):
         return {"white": Identity(), "whitened": WienerWhitening(self.noise)}
@@ -142,7 +142,8 @@ class LensingMaps(AbstractSimulator):
                 f"Expected ell (one-dimensional) within [{low:g}, {high:.0f}]; got {ell.min()} to {ell.max()}."
             )
         log_limber, _ = self.spectrum(jnp.asarray(theta))
-        return jnp.exp(jnp.einsum("pn,mn->pm", log_limber, self._interpolation(ell))) * _limber_factor(ell)
+        operator, factor = (jnp.asarray(a, log_limber.dtype) for a in (self._interpolation(ell), _limber_factor(ell)))
+        return jnp.exp(jnp.einsum("pn,mn->pm", log_limber, operator)) * factor[None, :]
 
     def mode_power(self, theta: Float[Array, " 6"]) -> Float[Array, "pairs m m"]:
         r"""Variance $C_\ell / A_\mathrm{pix}$ of the convergence in every Hartley mode of the quadrant; zero at k = 0."""
@@ -174,7 +175,7 @@ class LensingMaps(AbstractSimulator):
 
     def _mode_power(self, log_limber):
         power = jnp.exp(jnp.einsum("pn,mn->pm", log_limber, self.interpolation))
-        return power.reshape(-1, *self.mode_factor.shape) * self.mode_factor
+        return power.reshape(-1, *self.mode_factor.shape) * self.mode_factor[None]
 
     def _shift(self, theta, perturbative):
         if self.constant_shift is not None:
