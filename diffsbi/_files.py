@@ -77,10 +77,14 @@ def explain_full_disk(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        explained = str(error.strerror).startswith(_FULL)  # by a caller nearer to what was written
+        if explained or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         message = (
-            f"No space left on the disk that holds {path}, while writing {what}. What was finished before is "
+            f"{_FULL} that holds {path}, while writing {what}. What was finished before is "
             "untouched; free some space (or choose another --out) and repeat the same command to go on."
         )
         raise OSError(error.errno, message) from error
+
+
+_FULL = "No space left on the disk"

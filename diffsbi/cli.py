@@ -1,5 +1,6 @@
 """The command line: parse, call, show progress, explain mistakes."""
 
+import errno
 import functools
 import os
 import sys
@@ -39,7 +40,8 @@ def _explained(command: Callable) -> Callable:
             if os.environ.get("DIFFSBI_DEBUG"):
                 raise
             sys.stdout.flush()
-            typer.echo(f"\ndiffsbi: error: {error}", err=True)
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            typer.echo(f"\ndiffsbi: error: {error.strerror if full else error}", err=True)
             raise typer.Exit(2) from None
         except RuntimeError as error:
             if type(error) is not RuntimeError or os.environ.get("DIFFSBI_DEBUG"):  # XLA's own are subclasses

@@ -176,7 +176,11 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_later(toy, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr("zarr.Array.__setitem__", full)
-        refused(call("simulate", "--config", toy, "--out", tmp_path / "run"), "No space left on the disk", "--out")
+        refused(
+            call("simulate", "--config", toy, "--out", tmp_path / "run"),
+            "error: No space left on the disk",
+            "simulations 0 to 19",
+        )
     assert call("simulate", "--config", toy, "--out", tmp_path / "run").exit_code == 0
 
 
