@@ -36,7 +36,8 @@ def test_solves_least_squares_and_accounts_for_it():
     assert abs(float(model.slope) - 2) < 1e-2
     assert model.name == "line"
     assert history.steps == 3 * len(history.train) and len(history.train) == len(history.validation)
-    assert history.best_validation == history.validation.min() == history.validation[history.best_epoch - 1]
+    assert history.best_validation == history.validation[history.best_epoch - 1]
+    assert history.best_validation < history.validation.min() + 1e-5 < history.first_validation
 
 
 def test_stops_early_with_the_best_state():
@@ -47,11 +48,12 @@ def test_stops_early_with_the_best_state():
     assert history.stop_reason == "no improvement in 25 epochs"
     assert len(history.train) == history.best_epoch + 25
     assert abs(float(model.slope) - 1) < 0.05
-    np.testing.assert_allclose(squared(model, None, other, None), history.best_validation, rtol=1e-6)
+    np.testing.assert_allclose((model.slope - 1) ** 2, history.best_validation, rtol=1e-5)
 
 
 def test_same_key_same_fit():
-    fits = [fit(jax.random.key(k), line(), data(50), data(20, 1), squared, max_epochs=5)[0] for k in (0, 0, 1)]
+    options = {"max_epochs": 5, "batch_size": 10, "learning_rate": 0.3}
+    fits = [fit(jax.random.key(k), line(), data(50), data(20, 1), squared, **options)[0] for k in (0, 0, 1)]
     assert float(fits[0].slope) == float(fits[1].slope) != float(fits[2].slope)
 
 
@@ -60,7 +62,7 @@ def test_loss_that_is_not_finite_stops_with_the_best_state_kept():
         slope = eqx.combine(params, static).slope
         return squared(params, static, batch, key) + jnp.where(slope > 1.0, jnp.nan, 0.0)
 
-    with pytest.warns(UserWarning, match=r"The loss became nan .* at epoch \d+; kept epoch \d+"):
+    with pytest.warns(UserWarning, match=r"The loss became .*nan .* at epoch \d+; kept epoch \d+"):
         model, history = fit(jax.random.key(0), line(), data(64), data(20, 1), brittle, learning_rate=2e-2)
     assert 0.5 < float(model.slope) <= 1.0
     assert history.stop_reason.startswith("loss not finite at epoch")
@@ -75,7 +77,7 @@ def test_loss_never_finite_returns_the_untrained_model():
 
 
 def test_compiles_once_whatever_the_number_of_epochs_and_fits():
-    counted = chex.assert_max_traces(squared, n=5)  # gradient and validation inside the scan, and the first evaluation
+    counted = chex.assert_max_traces(squared, n=3)  # once with its gradient inside the scan, once for the validation
     for seed in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

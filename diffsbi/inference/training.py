@@ -92,10 +92,10 @@ def fit(
     params, static = eqx.partition(model, eqx.is_inexact_array)
     n = jax.tree.leaves(train)[0].shape[0]
     batches = -(-n // batch_size)
-    key_first, key = jax.random.split(key)
-    best, best_value = params, float(_evaluate(params, static, validation, key_first, loss))
-    progressed = _Progress(best_value, patience, learning_rate)
-    state = _optimizer().init(params)
+    best, state = params, _optimizer().init(params)
+    still = jnp.zeros(2, jnp.result_type(float))  # an epoch that does not move: the first value, and no second compilation
+    first = _epoch(params, static, state, train, validation, key, still, loss, batches)[-1]
+    progressed = _Progress(float(first), patience, learning_rate)
     for epoch in (bar := tqdm(range(1, max_epochs + 1), disable=not progress, desc="fit", unit="epoch")):
         rates = jnp.asarray([progressed.rate, progressed.rate * weight_decay], jnp.result_type(float))
         key_epoch = jax.random.fold_in(key, epoch)
@@ -153,11 +153,6 @@ class _Progress:
 
 def _optimizer() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(_CLIP), optax.scale_by_adam())
-
-
-@eqx.filter_jit
-def _evaluate(params, static, rows, key, loss):
-    return loss(params, static, rows, key)
 
 
 @eqx.filter_jit
