@@ -11,17 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Float
+from diffsbi.simulators.linear import linear_primitive, set_transpose
 
 Triangle = tuple[tuple[Array, ...], ...]
 """Rows of many lower-triangular matrices, every element an array over the batch."""
 
 
-def hartley(x: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
-    r"""Orthonormal discrete Hartley transform of the last two axes, $H(k) = \frac1N\sum_x (\cos k\cdot x + \sin k\cdot x)\,x$.
-
-    It is symmetric, its own inverse, takes white noise to white noise, and is diagonal for every even convolution:
-    the Fourier transform of real fields with no complex numbers and no redundant modes. `n` must be even.
-    """
+def _hartley(x):
     n = x.shape[-1]
     f = jnp.fft.rfft2(x) / n
     half = f.real - f.imag
@@ -29,6 +25,47 @@ def hartley(x: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
     rest = jnp.flip((f.real + f.imag)[..., 1 : n // 2], -1)
     rest = jnp.concatenate([rest[..., :1, :], jnp.flip(rest[..., 1:, :], -2)], -2)
     return jnp.concatenate([half, rest], -1)
+
+
+def _fold(x):
+    m = x.shape[-1] // 2 + 1
+    pad = [(0, 0)] * (x.ndim - 1) + [(1, 1)]
+    x = jnp.stack([x[..., :m], jnp.pad(jnp.flip(x[..., m:], -1), pad)], -3)
+    pad = [(0, 0)] * (x.ndim - 2) + [(1, 1), (0, 0)]
+    return jnp.stack([x[..., :m, :], jnp.pad(jnp.flip(x[..., m:, :], -2), pad)], -4)
+
+
+def _unfold(x):
+    x = jnp.concatenate([x[..., 0, :, :, :], jnp.flip(x[..., 1, :, 1:-1, :], -2)], -2)
+    return jnp.concatenate([x[..., 0, :, :], jnp.flip(x[..., 1, :, 1:-1], -1)], -1)
+
+
+hartley_p = linear_primitive("hartley", _hartley)
+fold_p = linear_primitive("fold", _fold)
+unfold_p = linear_primitive("unfold", _unfold)
+# Told to JAX, because the transposes that it derives cost several times as much.
+set_transpose(hartley_p, hartley_p)
+set_transpose(fold_p, unfold_p)
+set_transpose(unfold_p, fold_p)
+
+
+def hartley(x: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
+    r"""Orthonormal Hartley transform of the last two axes, $H(k) = \frac1N\sum_x (\cos k\cdot x + \sin k\cdot x)\,x$.
+
+    It is symmetric, its own inverse, takes white noise to white noise, and is diagonal for every even convolution:
+    the Fourier transform of real fields with no complex numbers and no redundant modes. `n` must be even.
+    """
+    return hartley_p.bind(jnp.asarray(x))
+
+
+def fold(x: Float[Array, "*b n n"]) -> Float[Array, "*b 2 2 m m"]:
+    """A full grid in FFT order as four quadrants (±ky, ±kx), m = n/2 + 1; modes that are their own mirror are held once."""
+    return fold_p.bind(jnp.asarray(x))
+
+
+def unfold(x: Float[Array, "*b 2 2 m m"]) -> Float[Array, "*b n n"]:
+    """The inverse of `fold`, and its transpose."""
+    return unfold_p.bind(jnp.asarray(x))
 
 
 def mode_multipoles(n_pix: int, side: float) -> Float[Array, "m m"]:
@@ -76,7 +113,9 @@ def lognormal_to_gaussian(power: Array, shift_product: Array, cosines: Array) ->
     n2 = (2 * (cosines.shape[0] - 1)) ** 2
     correlation = even_transform(cosines, power) / n2
     gaussian = even_transform(cosines, jnp.log1p(correlation / shift_product[:, None, None]))
-    gaussian = gaussian.at[:, 0, 0].set(0.0)
+    keep = np.ones(gaussian.shape[1:])
+    keep[0, 0] = 0.0
+    gaussian = gaussian * jnp.asarray(keep, gaussian.dtype)[None]
     return gaussian, jnp.einsum("k,pkl,l->p", cosines[0], gaussian, cosines[0]) / n2
 
 
@@ -85,7 +124,14 @@ def lognormal(g: Array, variance: Array, shift: Array) -> Array:
     return shift * jnp.expm1(g - variance / 2)
 
 
-def cholesky(pairs: Sequence[Array], n: int, floor: float = 1e-6) -> Triangle:
+def unstack(x: Array | Sequence[Array]) -> Sequence[Array]:
+    """The entries along the first axis; unlike indexing, its transpose is one concatenation."""
+    if not isinstance(x, jax.Array):
+        return x
+    return [jnp.squeeze(part, 0) for part in jax.lax.split(x, [1] * x.shape[0])]
+
+
+def cholesky(pairs: Array | Sequence[Array], n: int, floor: float = 1e-6) -> Triangle:
     r"""Lower Cholesky factors of many small symmetric matrices, given and returned as separate arrays per element.
 
     Written out over the elements: a stacked array would make reverse mode pad and add the whole stack per element.
@@ -102,7 +148,7 @@ def cholesky(pairs: Sequence[Array], n: int, floor: float = 1e-6) -> Triangle:
         Rows of the lower triangle.
     """
     i, j = np.triu_indices(n)
-    a = {(int(q), int(p)): pair for p, q, pair in zip(i, j, pairs, strict=True)}
+    a = {(int(q), int(p)): pair for p, q, pair in zip(i, j, unstack(pairs), strict=True)}
     least = [jnp.maximum(floor * jnp.abs(a[k, k]), jnp.finfo(a[k, k].dtype).tiny) for k in range(n)]
     for k in range(n):
         good = a[k, k] > least[k]
@@ -141,23 +187,3 @@ def upper_times(a: Triangle, y: Sequence[Array]) -> list[Array]:
 
 def _like(x: Array, y: Array) -> Array:
     return jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
-
-
-def fold(x: Float[Array, "*b n n"]) -> Float[Array, "*b 2 2 m m"]:
-    """A full grid in FFT order as four quadrants (±ky, ±kx); modes that are their own mirror are held once."""
-    m = x.shape[-1] // 2 + 1
-    # The barriers keep arithmetic out of the loops that only move data, here and in the transpose.
-    x = jax.lax.optimization_barrier(x)
-    pad = [(0, 0)] * (x.ndim - 1) + [(1, 1)]
-    x = jnp.stack([x[..., :m], jnp.pad(jnp.flip(x[..., m:], -1), pad)], -3)
-    pad = [(0, 0)] * (x.ndim - 2) + [(1, 1), (0, 0)]
-    x = jnp.stack([x[..., :m, :], jnp.pad(jnp.flip(x[..., m:, :], -2), pad)], -4)
-    return jax.lax.optimization_barrier(x)
-
-
-def unfold(x: Float[Array, "*b 2 2 m m"]) -> Float[Array, "*b n n"]:
-    """The inverse of `fold`."""
-    x = jax.lax.optimization_barrier(x)
-    x = jnp.concatenate([x[..., 0, :, :, :], jnp.flip(x[..., 1, :, 1:-1, :], -2)], -2)
-    x = jnp.concatenate([x[..., 0, :, :], jnp.flip(x[..., 1, :, 1:-1], -1)], -1)
-    return jax.lax.optimization_barrier(x)

@@ -183,7 +183,7 @@ class LensingMaps(AbstractSimulator):
         return perturbative if self.shift_model is None else self.shift_model(theta)
 
     def _convergence(self, state: FieldState, z):
-        g = fields.hartley(fields.unfold(jnp.stack(fields.lower_times(state.factor, fields.fold(z)))))
+        g = fields.hartley(fields.unfold(jnp.stack(fields.lower_times(state.factor, fields.unstack(fields.fold(z))))))
         if self.field == "gaussian":
             return g
         # The published benchmark normalised every map by its own variance, not by the ensemble's.

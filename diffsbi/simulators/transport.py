@@ -13,6 +13,7 @@ from diffsbi.simulators.fields import (
     lower_times,
     mode_weights,
     unfold,
+    unstack,
     upper_times,
 )
 
@@ -30,13 +31,13 @@ class WienerWhitening(AbstractTransport):
     def to_latents(self, state, xi, x):
         response, inverse, log_det, data = self._modes(state, x)
         source = lower_times(inverse, upper_times(response, data))
-        z = upper_times(inverse, [a + b for a, b in zip(fold(xi), source, strict=True)])
+        z = upper_times(inverse, [a + b for a, b in zip(unstack(fold(xi)), source, strict=True)])
         return unfold(jnp.stack(z)), -log_det
 
     def from_latents(self, state, z, x):
         response, inverse, log_det, data = self._modes(state, x)
         # R^T z = R^{-1} (1 + A^T A) z: no second triangular factor is needed.
-        z = fold(z)
+        z = unstack(fold(z))
         residual = [a - b for a, b in zip(lower_times(response, z), data, strict=True)]
         xi = lower_times(inverse, [a + b for a, b in zip(z, upper_times(response, residual), strict=True)])
         return unfold(jnp.stack(xi)), log_det
@@ -53,4 +54,4 @@ class WienerWhitening(AbstractTransport):
         inverse = lower_inverse(cholesky(gram, n))
         diagonal = sum(jnp.log(inverse[i][i]) for i in range(n))
         weights = jnp.asarray(mode_weights(2 * (len(diagonal) - 1)), diagonal.dtype)
-        return response, inverse, -jnp.sum(weights * diagonal), fold(hartley(x / self.noise[:, None, None]))
+        return response, inverse, -jnp.sum(weights * diagonal), unstack(fold(hartley(x / self.noise[:, None, None])))
