@@ -40,13 +40,26 @@ def _unfold(x):
     return jnp.concatenate([x[..., 0, :, :], jnp.flip(x[..., 1, :, 1:-1], -1)], -1)
 
 
+def _spread(x):
+    return jnp.broadcast_to(x[..., None, None, :, :], (*x.shape[:-2], 2, 2, *x.shape[-2:]))
+
+
+def _gather(x):
+    # Written as additions, which XLA fuses with what produces x; its reductions over such short axes are slow.
+    return x[..., 0, 0, :, :] + x[..., 0, 1, :, :] + x[..., 1, 0, :, :] + x[..., 1, 1, :, :]
+
+
 hartley_p = linear_primitive("hartley", _hartley)
 fold_p = linear_primitive("fold", _fold)
 unfold_p = linear_primitive("unfold", _unfold)
+spread_p = linear_primitive("spread", _spread)
+gather_p = linear_primitive("gather", _gather)
 # Told to JAX, because the transposes that it derives cost several times as much.
 set_transpose(hartley_p, hartley_p)
 set_transpose(fold_p, unfold_p)
 set_transpose(unfold_p, fold_p)
+set_transpose(spread_p, gather_p)
+set_transpose(gather_p, spread_p)
 
 
 def hartley(x: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
@@ -176,14 +189,10 @@ def lower_inverse(r: Triangle) -> Triangle:
 
 
 def lower_times(a: Triangle, y: Sequence[Array]) -> list[Array]:
-    """A y for lower-triangular A, elementwise over the batch."""
-    return [sum(_like(x, y[j]) * y[j] for j, x in enumerate(row)) for row in a]
+    """A y for lower-triangular A on the quadrant `(m, m)` and folded y `(2, 2, m, m)`."""
+    return [sum(spread_p.bind(x) * y[j] for j, x in enumerate(row)) for row in a]
 
 
 def upper_times(a: Triangle, y: Sequence[Array]) -> list[Array]:
-    """Aᵀ y for lower-triangular A, elementwise over the batch."""
-    return [sum(_like(a[k][i], y[k]) * y[k] for k in range(i, len(a))) for i in range(len(a))]
-
-
-def _like(x: Array, y: Array) -> Array:
-    return jnp.expand_dims(x, tuple(range(y.ndim - x.ndim)))
+    """Aᵀ y for lower-triangular A on the quadrant and folded y."""
+    return [sum(spread_p.bind(a[k][i]) * y[k] for k in range(i, len(a))) for i in range(len(a))]
