@@ -34,7 +34,9 @@ def check_finite(name: str, value) -> None:
     bad = ~np.isfinite(np.asarray(value))
     if bad.any():
         first = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"Expected finite {name}; got {int(bad.sum())} non-finite of {bad.size} values, first at {first}.")
+        raise ValueError(
+            f"Expected finite {name}; got {int(bad.sum())} non-finite of {bad.size} values, first at {first}."
+        )
 
 
 def check_names(names: Sequence[str], known: Sequence[str], what: str = "parameter") -> None:

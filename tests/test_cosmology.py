@@ -53,7 +53,7 @@ def spectra(convergence, theta):
 
 
 def jax_cosmo_spectra(theta):
-    """`jax_cosmo.angular_cl` with its sigma_8 integral's wrong limits undone: sigma_8 is given so that its P(k) is right.
+    """`jax_cosmo.angular_cl` with the wrong limits of its sigma_8 integral undone.
 
     Its integral runs over log10 of the limits, 0.018 to 20 h/Mpc. The halofit spectrum is not linear in sigma_8², so
     the bias is divided out of sigma_8 itself.
@@ -85,7 +85,9 @@ def jax_cosmo_spectra(theta):
 
 
 def test_bin_edges_are_the_published_ones():
-    np.testing.assert_allclose(smail_edges(2.0, 0.68, 0.11, 5)[1:-1], [0.453506, 0.722384, 1.042010, 1.539234], rtol=1e-4)
+    np.testing.assert_allclose(
+        smail_edges(2.0, 0.68, 0.11, 5)[1:-1], [0.453506, 0.722384, 1.042010, 1.539234], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("w_0,omega_c", [(-1.0, 0.2664), (-0.35, 0.1), (-1.9, 0.8)])
@@ -133,7 +135,9 @@ def test_transfer_function_matches_jax_cosmo(x64):
     k = np.geomspace(1e-4, 50, 200)
     for theta in (FID, FID * [0.5, 1.2, 1, 1.2, 1, 1]):
         omega_c, omega_b, sigma_8, h, n_s, w_0 = map(float, theta)
-        cosmo = jc.Cosmology(Omega_c=omega_c, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w_0, wa=0.0, Omega_k=0.0)
+        cosmo = jc.Cosmology(
+            Omega_c=omega_c, Omega_b=omega_b, h=h, n_s=n_s, sigma8=sigma_8, w0=w_0, wa=0.0, Omega_k=0.0
+        )
         expected = np.asarray(jc.transfer.Eisenstein_Hu(cosmo, jnp.asarray(k)))
         got = power.log_transfer(background.cosmology(jnp.asarray(theta)), jnp.asarray(k))
         np.testing.assert_allclose(np.exp(got), np.abs(expected), rtol=2e-5)
@@ -195,6 +199,7 @@ def test_reverse_and_forward_derivatives_agree(convergence):
 
 def test_spectra_are_smooth_in_theta(convergence):
     """The second difference shrinks as the step squared: no interpolation noise (jax_cosmo's jumps by 1e-3)."""
+
     def bend(step):
         e = np.zeros(6)
         e[2] = step
@@ -209,7 +214,10 @@ def test_shift_matches_the_published_table(convergence, shift_table):
     grid = (SIGMA_8_GRID, OMEGA_M_GRID, W_0_GRID)
     read = RegularGridInterpolator(grid, np.log(table[..., 4]), method="cubic")
     points = [(FIDUCIAL["sigma_8"], FIDUCIAL["omega_c"] + FIDUCIAL["omega_b"], FIDUCIAL["w_0"])]
-    points += [(SIGMA_8_GRID[a], OMEGA_M_GRID[b], W_0_GRID[c]) for a, b, c in [(3, 2, 4), (4, 1, 3), (3, 3, 5), (4, 2, 2), (5, 3, 4)]]
+    points += [
+        (SIGMA_8_GRID[a], OMEGA_M_GRID[b], W_0_GRID[c])
+        for a, b, c in [(3, 2, 4), (4, 1, 3), (3, 3, 5), (4, 2, 2), (5, 3, 4)]
+    ]
     for sigma_8, omega_m, w_0 in points:
         theta = FID.copy()
         theta[[0, 2, 5]] = omega_m - FIDUCIAL["omega_b"], sigma_8, w_0

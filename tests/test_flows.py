@@ -208,7 +208,12 @@ def test_inverse_converges_far_out(x64):
 
 def test_conditional_affine_is_the_linear_gaussian(x64):
     affine = ConditionalAffine(2, 3)
-    fields = (jnp.asarray([[9.0, 9.0], [0.5, 9.0]]), jnp.asarray([0.1, -0.2]), jnp.ones((2, 3)), jnp.asarray([1.0, 2.0]))
+    fields = (
+        jnp.asarray([[9.0, 9.0], [0.5, 9.0]]),
+        jnp.asarray([0.1, -0.2]),
+        jnp.ones((2, 3)),
+        jnp.asarray([1.0, 2.0]),
+    )
     affine = eqx.tree_at(lambda a: (a.lower, a.log_diagonal, a.slope, a.loc), affine, fields)
     c = jnp.asarray([0.1, 0.2, 0.3])
     y, log_det = affine.transform_and_log_det(jnp.asarray([1.0, 1.0]), c)

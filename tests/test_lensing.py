@@ -236,7 +236,8 @@ def test_whitened_gaussian_field_is_exactly_normal(x64):
 
 def test_whitening_lowers_the_noise_of_the_score(sim):
     white, whitened = (
-        np.asarray(sim.draw(jax.random.key(13), 60, sim.fiducial, latents=name).score, float) for name in ("white", "whitened")
+        np.asarray(sim.draw(jax.random.key(13), 60, sim.fiducial, latents=name).score, float)
+        for name in ("white", "whitened")
     )
     assert (whitened.var(0) < white.var(0)).all()
 
@@ -260,7 +261,9 @@ def finite_everywhere(n_draws, n_pix):
         return jax.lax.map(one, (theta, jax.random.split(jax.random.key(15), len(theta))))
 
     ok = np.asarray(check(sim, theta))
-    assert ok.all(), f"not finite (map, value, theta, z, whitened score): {ok.sum(0)} of {len(ok)}, {theta[~ok.all(1)][:3]}"
+    assert ok.all(), (
+        f"not finite (map, value, theta, z, whitened score): {ok.sum(0)} of {len(ok)}, {theta[~ok.all(1)][:3]}"
+    )
 
 
 def test_finite_over_the_prior_float32():

@@ -23,7 +23,7 @@ class Convergence(eqx.Module):
 
     The line of sight is a Gauss–Legendre rule in $t = \ln(1 + z/0.3)$, so nodes crowd at low redshift. With
     $N_i(z) = \int_z n_i$ and $M_i(z) = \int_z n_i/\chi'\,dz'$ the lensing kernel at node j is
-    $q_i = \frac32 \Omega_m (H_0/c)^2 \chi (1+z) [N_i - \chi M_i]$; $M_i$ is a constant matrix applied to $z/\chi$ at the nodes.
+    $q_i = \frac32 \Omega_m (H_0/c)^2 \chi (1+z) [N_i - \chi M_i]$; $M_i$ is a constant matrix applied to $z/\chi$.
     """
 
     z: Array
@@ -66,7 +66,7 @@ class Convergence(eqx.Module):
     def __call__(self, theta: Float[Array, " 6"]) -> tuple[Float[Array, "pairs nu"], Float[Array, " bins"]]:
         r"""(ln of the Limber integral at the nodes ν = ℓ + ½, log-normal shift λ of every bin).
 
-        The first is $\ln \int d\chi\, q_i q_j P(\nu/\chi)/\chi^2$, without $f_\ell$. Both, with their six derivatives in
+        The first is $\ln \int d\chi\, q_i q_j P(\nu/\chi)/\chi^2$, without $f_\ell$. Both, with six derivatives in
         theta, are computed together in one forward sweep: what follows may then be differentiated either way cheaply.
         """
         return _with_forward_jacobian(self, theta)
@@ -100,8 +100,8 @@ class Convergence(eqx.Module):
     def _shift(self, kernel, line, log_k, d2, d2_linear):
         r"""λ, the positive root of $3\kappa_2^2/\lambda + \kappa_2^3/\lambda^3 = \kappa_3$, per bin.
 
-        $\sigma^2(\chi) = \int d\ln k\, \frac{k^2}{2\pi} P\, W^2(kR)$, $R = \chi\theta_\mathrm{pix}/\sqrt\pi$ (a disc of the
-        pixel's area), $S_3 = 36/7 + \frac32\, d\ln\sigma^2_\mathrm{lin}/d\ln R$, and at fixed χ the R derivative
+        $\sigma^2(\chi) = \int d\ln k\, \frac{k^2}{2\pi} P\, W^2(kR)$, $R = \chi\theta_\mathrm{pix}/\sqrt\pi$ (a disc
+        of the pixel's area), $S_3 = 36/7 + \frac32\, d\ln\sigma^2_\mathrm{lin}/d\ln R$, and at fixed χ the R derivative
         acts on the constant window only. Source: tree-level perturbation theory, Bernardeau et al. (2002).
         """
         per_k = np.pi * jnp.exp(-log_k)
@@ -146,7 +146,7 @@ def _tail_integrals(bins: RedshiftBins, t, z, scale):
 
 
 def _disc_window(log_nu, log_radius):
-    r"""Weights $\int B_i(\ln\nu) W^2 d\ln\nu$ and the same of $dW^2/d\ln y$, $B_i$ the cardinal splines, $W = 2J_1(y)/y$."""
+    r"""Weights $\int B_i W^2 d\ln\nu$ and the same of $dW^2/d\ln y$, $B_i$ the cardinal splines, $W = 2J_1(y)/y$."""
     fine = np.linspace(log_nu[0], log_nu[-1], 60 * len(log_nu))
     y = np.exp(fine + log_radius)
     w2 = np.where(y < 1e-3, 1 - y**2 / 4, (2 * j1(y) / y) ** 2)

@@ -92,7 +92,7 @@ class LinearPower(NamedTuple):
 
 
 def linear_power(cosmo: Cosmology) -> LinearPower:
-    r"""$P(k) \propto k^{n_s} T^2(k)$ with $\sigma_8^2 = \int d\ln k\, \Delta^2(k) W^2(8k)$, W the top hat of a sphere."""
+    r"""$P(k) \propto k^{n_s} T^2(k)$ with $\sigma_8^2 = \int d\ln k\, \Delta^2 W^2(8k)$, W a sphere's top hat."""
     dtype = cosmo.sigma_8.dtype
     log_k = jnp.asarray(LOG_K, dtype)
     log_power = cosmo.n_s * log_k + 2 * log_transfer(cosmo, jnp.exp(log_k))
@@ -138,7 +138,7 @@ class NonLinearScale(NamedTuple):
 
 
 def nonlinear_scale(linear: LinearPower, log_growth: Float[Array, " z"]) -> NonLinearScale:
-    r"""The root of $\ln\sigma^2(R) + 2\ln D(z) = 0$, $\sigma^2(R) = \int d\ln k\, \Delta^2 e^{-k^2R^2}$, at each growth.
+    r"""The root of $\ln\sigma^2(R) + 2\ln D(z) = 0$, $\sigma^2(R) = \int d\ln k\, \Delta^2 e^{-k^2R^2}$.
 
     The table of $\ln\sigma^2$ and its first two derivatives in ln R is joined by quintic Hermite polynomials (twice
     continuously differentiable), and the root found by Newton steps: smooth in theta, unlike a linear table look-up.
@@ -146,9 +146,8 @@ def nonlinear_scale(linear: LinearPower, log_growth: Float[Array, " z"]) -> NonL
     """
     y2 = np.exp(2 * (LOG_R[:, None] + LOG_K[None, :]))
     gauss = np.exp(-np.minimum(y2, 700.0)) * LOG_K_STEP
-    moments = np.stack([gauss, -2 * y2 * gauss, (4 * y2**2 - 4 * y2) * gauss])
-    moments = jnp.asarray(np.where(y2 < 700, moments, 0.0), log_growth.dtype)
-    s0, s1, s2 = jnp.einsum("drk,k->dr", moments, linear.dimensionless)
+    moments = np.where(y2 < 700, np.stack([gauss, -2 * y2 * gauss, (4 * y2**2 - 4 * y2) * gauss]), 0.0)
+    s0, s1, s2 = jnp.einsum("drk,k->dr", jnp.asarray(moments, log_growth.dtype), linear.dimensionless)
     v0, v1, v2 = jnp.log(s0), s1 / s0, s2 / s0 - (s1 / s0) ** 2
 
     target = -2 * log_growth

@@ -37,7 +37,7 @@ class RedshiftBins:
 def smail(a: float, b: float, z0: float, n_bins: int, photo_z: float = 0.05) -> RedshiftBins:
     r"""Equal-number bins of $n(z) \propto z^a \exp[-(z/z_0)^b]$, z < 10, each smeared by $\sigma_z = $ `photo_z` (1+z).
 
-    Bin i is $n(z)\,\frac12[\mathrm{erf}\frac{z_{i+1}-z}{\sqrt2\sigma_z} - \mathrm{erf}\frac{z_i-z}{\sqrt2\sigma_z}]$ with
+    Bin i is $n(z)\,\frac12[\mathrm{erf}\frac{z_{i+1}-z}{\sqrt2\sigma_z} - \mathrm{erf}\frac{z_i-z}{\sqrt2\sigma_z}]$,
     edges at the quantiles of n(z).
     """
     for name, value in {"a": a, "b": b, "z0": z0, "photo_z": photo_z, "n_bins": n_bins}.items():

@@ -72,7 +72,7 @@ def masked_autoregressive(
     depth: int = 2,
     activation: str = "silu",
 ) -> AbstractDistribution:
-    """FlowJAX's affine masked autoregressive flow (arXiv:1705.07057) with a smooth activation: "silu", "tanh", "sin"."""
+    """FlowJAX's affine masked autoregressive flow (arXiv:1705.07057) with a smooth activation: silu, tanh, sin."""
     layers = layers or 5
     return _flow(key, dim, condition_dim, "affine", 0, "autoregressive", layers, width, depth, activation)
 
@@ -87,7 +87,7 @@ def coupling(
     depth: int = 2,
     activation: str = "silu",
 ) -> AbstractDistribution:
-    """FlowJAX's affine coupling flow (RealNVP, arXiv:1605.08803) with a smooth activation: "silu", "tanh", "sin"."""
+    """FlowJAX's affine coupling flow (RealNVP, arXiv:1605.08803) with a smooth activation: silu, tanh, sin."""
     return _flow(key, dim, condition_dim, "affine", 0, "coupling", layers or 8, width, depth, activation)
 
 
@@ -102,7 +102,7 @@ def spline_flow(
     knots: int = 8,
     kind: str = "coupling",
 ) -> AbstractDistribution:
-    """Rational-quadratic spline flow on [−5, 5] (arXiv:1906.04032). NOT smooth: its score jumps in slope at every knot."""
+    """Rational-quadratic spline flow on [−5, 5] (arXiv:1906.04032). NOT smooth: its score kinks at every knot."""
     return _flow(key, dim, condition_dim, "spline", knots, kind, layers, width, depth, "silu")
 
 

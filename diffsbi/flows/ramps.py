@@ -92,7 +92,7 @@ def _mixture(ramps, x: Array) -> tuple[Array, Array]:
 
 
 def _log_sum_exp(terms: Array) -> Array:
-    """log Σ exp of finite terms. `jax.scipy`'s guards against infinities crash XLA's CPU backend here (jaxlib 0.10.2)."""
+    """log Σ exp of finite terms. `jax.scipy`'s guards against infinities crash XLA's CPU backend (jaxlib 0.10.2)."""
     top = jax.lax.stop_gradient(jnp.max(terms))
     return top + jnp.log(jnp.sum(jnp.exp(terms - top)))
 

@@ -124,11 +124,15 @@ def load_posterior(
         raise ValueError(f"Expected density=..., the constructor that {path} was fitted with: it has no name in FLOWS.")
     like = tuple(_empty_member(density, len(names), config) for _ in range(config["members"]))
     if _shapes(like) != header["shapes"]:
-        raise ValueError(f"Expected arrays of shapes {header['shapes']}, as in {path}; the density has {_shapes(like)}.")
+        raise ValueError(
+            f"Expected arrays of shapes {header['shapes']}, as in {path}; the density has {_shapes(like)}."
+        )
     empty_x = jnp.zeros(config["x_dim"]) if header["conditioned"] else None
     dtype = jnp.dtype(header["dtype"])
     if dtype != jnp.result_type(float):
-        raise ValueError(f"Expected floats of {jnp.result_type(float)}, the precision JAX is set to; {path} has {dtype}.")
+        raise ValueError(
+            f"Expected floats of {jnp.result_type(float)}, the precision JAX is set to; {path} has {dtype}."
+        )
     members, default_x = eqx.tree_deserialise_leaves(io.BytesIO(payload), (like, empty_x))
     histories = tuple(_history_from_json(h) for h in header["histories"])
     return Posterior(prior, members, histories, config, default_x)

@@ -93,7 +93,9 @@ def fit(
     n = jax.tree.leaves(train)[0].shape[0]
     batches = -(-n // batch_size)
     best, state = params, _optimizer().init(params)
-    still = jnp.zeros(2, jnp.result_type(float))  # an epoch that does not move: the first value, and no second compilation
+    still = jnp.zeros(
+        2, jnp.result_type(float)
+    )  # an epoch that does not move: the first value, and no second compilation
     first = _epoch(params, static, state, train, validation, key, still, loss, batches)[-1]
     progressed = _Progress(float(first), patience, learning_rate)
     for epoch in (bar := tqdm(range(1, max_epochs + 1), disable=not progress, desc="fit", unit="epoch")):

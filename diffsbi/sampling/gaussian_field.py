@@ -1,4 +1,4 @@
-r"""The Gaussian-field likelihood of convergence maps, latents integrated out: where to start, and how to scale theta."""
+r"""The Gaussian-field likelihood of maps, latents integrated out: where to start, and how to scale theta."""
 
 import equinox as eqx
 import jax

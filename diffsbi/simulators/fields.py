@@ -1,4 +1,4 @@
-r"""Flat-sky maths on arrays: the real Fourier (Hartley) basis, isotropic modes, log-normal power, small Cholesky factors.
+r"""Flat-sky maths on arrays: the real Fourier (Hartley) basis, isotropic modes, log-normal power, Cholesky factors.
 
 Every field here is isotropic in the sense |kx|, |ky|: a function on the quadrant `(m, m)`, m = n_pix/2 + 1, of
 non-negative frequencies stands for the whole grid, and the grid itself is `fold`ed into its four quadrants.
@@ -72,7 +72,7 @@ def hartley(x: Float[Array, "*b n n"]) -> Float[Array, "*b n n"]:
 
 
 def fold(x: Float[Array, "*b n n"]) -> Float[Array, "*b 2 2 m m"]:
-    """A full grid in FFT order as four quadrants (±ky, ±kx), m = n/2 + 1; modes that are their own mirror are held once."""
+    """A grid in FFT order as four quadrants (±ky, ±kx), m = n/2 + 1; modes that are their own mirror are held once."""
     return fold_p.bind(jnp.asarray(x))
 
 

@@ -60,7 +60,7 @@ class LensingMaps(AbstractSimulator):
         side_deg: float,
         sigma_e: float | Sequence[float],
         density: float | Sequence[float],
-        field: str = "lognormal",
+        field: Literal["lognormal", "gaussian"] = "lognormal",
         shift: str | float | Sequence[float] = "perturbation",
         shift_table: str | Path | None = None,
         prior: Prior | None = None,
@@ -106,7 +106,9 @@ class LensingMaps(AbstractSimulator):
         return dist.Normal(0.0, 1.0).expand(self._map_shape).to_event(3)
 
     def likelihood(self, state, z):
-        return dist.Normal(self._convergence(state, z), jnp.broadcast_to(self.noise[:, None, None], self._map_shape)).to_event(3)
+        return dist.Normal(
+            self._convergence(state, z), jnp.broadcast_to(self.noise[:, None, None], self._map_shape)
+        ).to_event(3)
 
     def transports(self):
         return {"white": Identity(), "whitened": WienerWhitening(self.noise)}
@@ -129,8 +131,9 @@ class LensingMaps(AbstractSimulator):
         return self._convergence(self.setup(jnp.asarray(theta)), z)
 
     def spectra(self, theta: Float[Array, " 6"], ell) -> Float[Array, "pairs ell"]:
-        r"""Limber spectra $C_\ell^{ij} = f_\ell \int d\chi\, q_i q_j P_{nl}((\ell+\frac12)/\chi, \chi)/\chi^2$ of every pair.
+        r"""Limber spectra of every pair of bins.
 
+        $C_\ell^{ij} = f_\ell \int d\chi\, q_i q_j P_{nl}((\ell+\frac12)/\chi, \chi)/\chi^2$,
         $f_\ell = (\ell-1)\ell(\ell+1)(\ell+2)/(\ell+\frac12)^4$. `ell` holds numbers (not traced) between 2 and the
         pixel scale's limit; not smoothed by the pixel.
         """
@@ -146,7 +149,7 @@ class LensingMaps(AbstractSimulator):
         return jnp.exp(jnp.einsum("pn,mn->pm", log_limber, operator)) * factor[None, :]
 
     def mode_power(self, theta: Float[Array, " 6"]) -> Float[Array, "pairs m m"]:
-        r"""Variance $C_\ell / A_\mathrm{pix}$ of the convergence in every Hartley mode of the quadrant; zero at k = 0."""
+        r"""Variance $C_\ell / A_\mathrm{pix}$ of the convergence in every mode of the quadrant; zero at k = 0."""
         check_trailing("theta", theta, (6,))
         return self._mode_power(self.spectrum(jnp.asarray(theta))[0])
 

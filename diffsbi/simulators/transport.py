@@ -19,7 +19,7 @@ from diffsbi.simulators.fields import (
 
 
 class WienerWhitening(AbstractTransport):
-    r"""$z = R^{-T}(\xi + R^{-1} A^T \sigma^{-1} \hat x)$ per mode, $\log|\det| = -\sum_\mathrm{modes}\sum_i \ln R_{ii}$.
+    r"""$z = R^{-T}(\xi + R^{-1} A^T \sigma^{-1} \hat x)$ per mode, $\log|\det| = -\sum_k\sum_i \ln R_{ii}$.
 
     With $A = \sigma^{-1}\,\mathrm{diag}(\lambda) L$ the response of the data, in units of the noise, to the white
     latents of a mode, and $I + A^T A = R R^T$, this is the posterior of z given the *linearised* map: there
