@@ -110,7 +110,7 @@ class FullField(_Section):
     latents: str = "whitened"
     n_chains: Count = 4
     n_warmup: Count = 150
-    n_draws: Count = 250
+    n_draws: Count = 400
     max_rhat: Positive = 1.05
 
 

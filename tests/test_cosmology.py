@@ -240,6 +240,19 @@ def test_constant_floor_below_omega_c():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, slope)))
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_value_and_slope_are_finite_over_the_prior(bins, double):
+    """2 000 prior draws, and 500 where baryons dominate: there the fitting formulae are far outside their range."""
+    with jax.enable_x64(double):
+        convergence, prior = Convergence(bins, PIXEL), lsst_y10_prior()
+        theta = prior.sample(jax.random.key(3), (2500,))
+        theta = theta.at[:500, 0].set(jnp.linspace(0.0, 0.05, 500))
+        sweep = eqx.filter_jit(lambda c, t: jax.lax.map(lambda one: (c(one), jax.jacfwd(c)(one)), t, batch_size=50))
+        for leaf in jax.tree.leaves(sweep(convergence, theta)):
+            ok = np.asarray(jnp.isfinite(leaf).reshape(len(theta), -1).all(1))
+            assert ok.all(), (int((~ok).sum()), theta[int(np.argmin(ok))])
+
+
 def test_tabulated_bins_reproduce_the_formula(bins):
     z = np.linspace(0.0, 10.0, 2001)
     table = tabulated(z, bins(z))

@@ -9,8 +9,8 @@ import pytest
 
 from diffsbi.bands import Bands, pairs, pixel_area
 from diffsbi.prior import Prior
-from diffsbi.sampling import BandPowerLikelihood, nuts, power_spectrum_posterior
-from diffsbi.sampling.power_spectrum import _fit, _Target, _whitened
+from diffsbi.sampling import BandPowerLikelihood, power_spectrum_posterior
+from diffsbi.sampling.power_spectrum import _Target, _whitened
 
 
 class PowerLaws(eqx.Module):
@@ -131,42 +131,13 @@ def test_the_chains_converge_and_are_named(posteriors):
     assert not np.array_equal(posteriors[2][0].theta[0], posteriors[2][0].theta[1])
 
 
-def test_the_target_has_the_exact_value_and_nearly_the_exact_force(x64):
+def test_the_whitened_origin_is_the_peak(x64):
     sim = simulator()
     likelihood = BandPowerLikelihood(sim, observe(sim, [1.0, 1.0], 0), n_bands=4)
-    centre, root = _whitened(likelihood, sim.prior, jax.random.key(0))
-    coefficients, points = _fit(likelihood, sim.prior, centre, root, jax.random.key(1))
-    target = _Target(likelihood, sim.prior, *map(jnp.asarray, (centre, root, coefficients)))
-
-    def exact(v):
-        u = centre + root @ v
-        return sim.prior.log_prob_unconstrained(u) + likelihood.log_prob(sim.prior.from_unconstrained(u))
-
-    v = jnp.asarray(points[:50])
-    near = np.asarray(jnp.sum(v**2, 1) < 9)
-    np.testing.assert_allclose(jax.vmap(lambda a: target(a))(v), jax.vmap(exact)(v), rtol=1e-10)
-    force, truth = jax.vmap(jax.grad(lambda a: target(a)))(v)[near], jax.vmap(jax.grad(exact))(v)[near]
-    assert near.sum() > 10 and np.abs(force - truth).max() < 0.1
-    assert (
-        np.abs(jax.grad(exact)(jnp.zeros(2))).max() < 0.3
-    )  # the whitened origin is the peak, but for the prior's shape
-
-
-def test_a_wrong_force_still_samples_the_exact_posterior(x64, posteriors):
-    """A force scaled by a third costs acceptance, not correctness."""
-    sim, truth, runs = posteriors
-    x = observe(sim, truth, 0)
-    likelihood = BandPowerLikelihood(sim, x, n_bands=6)
-    centre, root = _whitened(likelihood, sim.prior, jax.random.key(0))
-    coefficients, points = _fit(likelihood, sim.prior, centre, root, jax.random.key(1))
-    weak = _Target(likelihood, sim.prior, *map(jnp.asarray, (centre, root, coefficients / np.sqrt(3.0))))
-    chains = nuts(weak, jnp.asarray(points[:2]), jax.random.key(2), 200, 1000, extract=weak.theta, step_size=0.5)
-    for ours, theirs in zip(chains.summary().values(), runs[0].summary().values(), strict=True):
-        error = np.hypot(ours.sd / np.sqrt(ours.ess_bulk), theirs.sd / np.sqrt(theirs.ess_bulk))
-        assert abs(ours.mean - theirs.mean) < 4 * error
-        assert abs(ours.sd / theirs.sd - 1) < 4 * np.hypot(
-            1 / np.sqrt(2 * ours.ess_tail), 1 / np.sqrt(2 * theirs.ess_tail)
-        )
+    target = _Target(likelihood, sim.prior, *map(jnp.asarray, _whitened(likelihood, sim.prior, jax.random.key(0))))
+    assert np.abs(jax.grad(lambda v: target(v))(jnp.zeros(2))).max() < 0.3  # but for the prior's shape
+    bend = -jax.hessian(lambda v: target(v))(jnp.zeros(2))
+    np.testing.assert_allclose(bend, np.eye(2), atol=0.3)
 
 
 def test_noise_matters_and_a_given_covariance_is_used(x64):

@@ -82,15 +82,15 @@ class Convergence(eqx.Module):
         log_chi = jnp.log(chi)
         log_k = self.log_nu[None, :] - log_chi[:, None]
         log_plin = columns(linear, self.log_nu[0] - log_chi, len(self.log_nu), STRIDE)
-        d2_linear = jnp.exp(log_plin + 3 * log_k + 2 * growth[:, None]) / (2 * np.pi**2)
-        d2 = halofit(cosmo, self.z, scale, log_k, d2_linear)
+        log_d2 = log_plin + 3 * log_k + (2 * growth[:, None] - np.log(2 * np.pi**2))
+        d2 = halofit(cosmo, self.z, scale, log_k, log_d2)
 
         i, j = np.triu_indices(self.n_bins)
         line = self.weight * per_z
         # P / chi^2 = 2 pi^2 d2 chi / nu^3; the factor of nu is put back in the logarithm.
         limber = (kernel[i] * kernel[j] * (line * chi)[None, :]) @ d2
         log_limber = jnp.log(limber) + (np.log(2 * np.pi**2) - 3 * self.log_nu)[None, :]
-        return log_limber, self._shift(kernel, line, log_k, d2, d2_linear)
+        return log_limber, self._shift(kernel, line, log_k, d2, jnp.exp(log_d2))
 
     def _kernels(self, cosmo: Cosmology, chi: Array) -> Array:
         tail = self.inverse @ (self.z / chi)

@@ -13,6 +13,8 @@ from diffsbi.cosmology.quadrature import prefilter_taps
 T_CMB = 2.726
 """CMB temperature in kelvin, as in jax_cosmo."""
 
+_LARGEST = 40.0
+
 LOG_K_STEP = 0.04
 LOG_K = np.arange(np.log(1e-5), np.log(1e6), LOG_K_STEP)
 """ln k [h/Mpc] of the table of the linear power."""
@@ -185,7 +187,7 @@ def _polynomial(c, x):
     return value, slope, 2 * bend
 
 
-def halofit(cosmo: Cosmology, z: Array, scale: NonLinearScale, log_k: Array, d2_linear: Array) -> Array:
+def halofit(cosmo: Cosmology, z: Array, scale: NonLinearScale, log_k: Array, log_d2: Array) -> Array:
     r"""Dimensionless non-linear power $\Delta^2(k, z)$ of Takahashi et al. (2012), eqs. (A1)–(A14).
 
     Args:
@@ -193,7 +195,7 @@ def halofit(cosmo: Cosmology, z: Array, scale: NonLinearScale, log_k: Array, d2_
         z: Redshifts `(z,)`.
         scale: The non-linear scale at these redshifts.
         log_k: ln k [h/Mpc], `(z, n)`.
-        d2_linear: Linear $\Delta^2(k, z)$, `(z, n)`.
+        log_d2: ln of the linear $\Delta^2(k, z)$, `(z, n)`.
     """
     n, c = scale.n_eff, scale.curvature
     om_m = matter_fraction(cosmo, z)
@@ -212,13 +214,15 @@ def halofit(cosmo: Cosmology, z: Array, scale: NonLinearScale, log_k: Array, d2_
 
     column = lambda v: v[:, None]  # noqa: E731
     log_y = log_k + column(scale.log_r)
-    y = jnp.exp(log_y)
-    quasi = d2_linear / (1 + column(alpha) * d2_linear)
-    quasi = quasi * jnp.exp(column(beta) * jnp.log1p(d2_linear) - y / 4 - y**2 / 8)
-    denominator = 1 + jnp.exp(column(log_b) + column(f2) * log_y)
-    denominator = denominator + jnp.exp(column(3 - gamma) * (column(log_c + log_f3) + log_y))
-    halo = jnp.exp(column(log_a) + column(3 * f1) * log_y) / denominator / (1 + jnp.exp(column(log_nu) - 2 * log_y))
-    return quasi + halo
+    y, d2 = jnp.exp(log_y), jnp.exp(log_d2)
+    quasi = log_d2 + column(beta) * jnp.log1p(d2) - jnp.log1p(column(alpha) * d2) - y / 4 - y**2 / 8
+    one, two = column(log_b) + column(f2) * log_y, column(3 - gamma) * (column(log_c + log_f3) + log_y)
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(one, two), 0.0))
+    denominator = largest + jnp.log(jnp.exp(-largest) + jnp.exp(one - largest) + jnp.exp(two - largest))
+    halo = column(log_a) + column(3 * f1) * log_y - denominator - jax.nn.softplus(column(log_nu) - 2 * log_y)
+    # Far outside the simulations that it was fitted to (baryons alone) the formula can run away: sums of logarithms,
+    # cut where exp would overflow in float32, keep value and slope finite.
+    return jnp.exp(jnp.minimum(quasi, _LARGEST)) + jnp.exp(jnp.minimum(halo, _LARGEST))
 
 
 def _horner(x, *coefficients):

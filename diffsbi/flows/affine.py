@@ -45,7 +45,7 @@ class ConditionalAffine(AbstractBijection):
         return x, -jnp.sum(self.log_diagonal)
 
 
-def with_linear_part(density: AbstractDistribution) -> AbstractDistribution:
+def with_linear_part(density: AbstractDistribution, affine: ConditionalAffine | None = None) -> Transformed:
     r"""The density of $L v + A c + b$ with v from `density`: a linear-Gaussian answer costs the flow nothing."""
     condition_dim = None if density.cond_shape is None else density.cond_shape[0]
-    return Transformed(density, ConditionalAffine(density.shape[0], condition_dim))
+    return Transformed(density, ConditionalAffine(density.shape[0], condition_dim) if affine is None else affine)

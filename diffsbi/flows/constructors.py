@@ -30,7 +30,7 @@ from paramax import Parameterize
 from diffsbi._types import Key, check_key, check_names
 from diffsbi.flows.ramps import LogisticRamps
 
-_FIRST_OUTPUTS = 0.1  # the conditioner's last layer is scaled by this, so that a new flow is near the identity
+_FIRST_OUTPUTS = 0.02  # the conditioner's last layer is scaled by this, so that a new flow is near the identity
 
 
 def smooth_flow(

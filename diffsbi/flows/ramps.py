@@ -48,7 +48,7 @@ class LogisticRamps(AbstractBijection):
     def __init__(self, ramps: int = 8):
         if ramps < 1:
             raise ValueError(f"Expected at least one ramp; got {ramps}.")
-        centres = np.linspace(-1.0, 1.0, ramps) if ramps > 1 else np.zeros(1)
+        centres = np.linspace(-0.5, 0.5, ramps) if ramps > 1 else np.zeros(1)
         # Centres spread apart would widen the mixture; steeper ramps keep the variance of one standard logistic.
         slope = (1 - np.var(centres) / (np.pi**2 / 3)) ** -0.5
         self.shape = ()

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flowjax.distributions import AbstractDistribution
+from flowjax.distributions import AbstractDistribution, StandardNormal, Transformed
 
 from diffsbi._types import Key, check_finite, check_key, check_names
 from diffsbi.flows import FLOWS, is_smooth
-from diffsbi.flows.affine import with_linear_part
+from diffsbi.flows.affine import ConditionalAffine, with_linear_part
 from diffsbi.inference.losses import (
     AbstractScoreLoss,
     MeasuredScore,
@@ -109,7 +109,7 @@ class NPE:
         key: Key,
         *,
         members: int = 4,
-        max_epochs: int = 2000,
+        max_epochs: int | None = None,
         batch_size: int | None = None,
         patience: int | None = None,
         learning_rate: float = 1e-3,
@@ -123,7 +123,7 @@ class NPE:
             key: Initial weights, validation split and order of the rows.
             members: Densities to fit, each with its own split and start; the posterior is their equal mixture,
                 which overfits less than any of them (they share one compilation).
-            max_epochs: Most epochs.
+            max_epochs: Most epochs; by default those of about 5 000 steps, at least 50.
             batch_size: Rows per step; by default 32 to 256, growing with the number of rows.
             patience: Epochs without improvement before stopping; by default those of about 400 steps, at least 20.
             learning_rate: First step size of Adam.
@@ -142,6 +142,7 @@ class NPE:
         rows = self._unconstrained_rows()
         batch_size = batch_size or int(np.clip(len(self) // 10, 32, 256))
         patience = patience or max(20, 400 * batch_size // len(self))
+        max_epochs = max_epochs or max(50, 5000 * batch_size // len(self))
         options: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
         options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
         fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
@@ -171,7 +172,7 @@ class NPE:
         return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))
 
     def _fit_one(self, key, rows, validation_fraction, options):
-        key_split, key_density, key_fit = jax.random.split(key, 3)
+        key_split, key_density, key_linear, key_fit = jax.random.split(key, 4)
         train, held_out = split_rows(key_split, len(rows["u"]), validation_fraction)
         standardiser = fit_standardiser(rows["u"][train], rows["x"][train])
 
@@ -182,23 +183,35 @@ class NPE:
                 out["score"] = standardiser.score_to_standard(jnp.asarray(rows["score"][index]))
             return out
 
-        data = standardised(train)
+        data, validation = standardised(train), standardised(held_out)
         density = build_density(key_density, self.density, self.prior.dim, data["c"].shape[1], self.density_options)
-        model, loss = self._model_and_loss(jax.random.fold_in(key_density, 1), density, data)
-        model, history = fit(key_fit, model, data, standardised(held_out), loss, **options)
+        loss = self._loss(data)
+        model = ScoredDensity(density)
+        if "score" in data:
+            model = self._linear_start(key_linear, density, data, validation, loss, options)
+        model, history = fit(key_fit, model, data, validation, loss, **options)
         return Member(standardiser, model.density), history
 
-    def _model_and_loss(self, key, density, data) -> tuple[ScoredDensity, AbstractScoreLoss]:
+    def _loss(self, data) -> AbstractScoreLoss:
         if "score" not in data:
-            return ScoredDensity(density), NegativeLogLikelihood()
+            return NegativeLogLikelihood()
         if isinstance(self.score_weight, str):
-            level = noise_level(key, self.prior.dim, data["c"].shape[1])
-            return ScoredDensity(density, first_noise(data["v"], data["score"]), level), MeasuredScore()
-        weight = jnp.broadcast_to(jnp.asarray(self.score_weight, data["v"].dtype), (self.prior.dim,))
-        return ScoredDensity(density), WeightedScore(weight)
+            return MeasuredScore()
+        return WeightedScore(jnp.broadcast_to(jnp.asarray(self.score_weight, data["v"].dtype), (self.prior.dim,)))
+
+    def _linear_start(self, key, density, data, validation, loss, options) -> ScoredDensity:
+        """The density with its linear part, and the noise model, fitted first: few parameters, so little to overfit."""
+        key_level, key_fit = jax.random.split(key)
+        p, d = self.prior.dim, data["c"].shape[1]
+        model = ScoredDensity(with_linear_part(StandardNormal((p,)), ConditionalAffine(p, d)))
+        if isinstance(loss, MeasuredScore):
+            model = ScoredDensity(model.density, first_noise(data["v"], data["score"]), noise_level(key_level, p, d))
+        rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}
+        model, _ = fit(key_fit, model, data, validation, loss, **(options | rate))
+        return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, model.level)
 
 
-def build_density(key: Key, density: Density, dim: int, condition_dim: int, options: dict[str, Any]):
+def build_density(key: Key, density: Density, dim: int, condition_dim: int, options: dict[str, Any]) -> Transformed:
     """The density with a linear part, untrained."""
     constructor = FLOWS[density] if isinstance(density, str) else density
     return with_linear_part(constructor(key, dim, condition_dim, **options))

@@ -1,6 +1,8 @@
 """NumPyro's No-U-Turn sampler in resumable blocks, for positions too large to be kept."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -220,18 +222,23 @@ def _run(program, states, groups, total, store, report):
             report(group, records[g][-1], resumed=True)
         if done:
             states[g] = store.read_state(g, store.count(g) - 1, states[g])
-    with report:
+    # One thread for each core: a chain's many small operations leave the other cores idle.
+    with report, ThreadPoolExecutor(min(len(groups), os.cpu_count() or 1)) as pool:
         while True:
             counts = [sum(r["theta"].shape[1] for r in rows) for rows in records]
-            g = int(np.argmin(counts))
-            if counts[g] >= total:
+            if min(counts) >= total:
                 return records, states
-            states[g], record = program.advance(states[g], min(size, total - counts[g]))
-            if store is not None:
-                store.append(g, len(records[g]), record, states[g])
-            records[g].append(record)
-            _check_record(record, groups[g], counts[g], program.settings.n_warmup)
-            report(groups[g], record)
+            n = min(size, total - min(counts))
+            behind = [g for g, count in enumerate(counts) if count == min(counts)]
+            running = {pool.submit(program.advance, states[g], n): g for g in behind}
+            for done in as_completed(running):
+                g = running[done]
+                states[g], record = done.result()
+                if store is not None:
+                    store.append(g, len(records[g]), record, states[g])
+                records[g].append(record)
+                _check_record(record, groups[g], counts[g], program.settings.n_warmup)
+                report(groups[g], record)
 
 
 class _Report:

@@ -1,7 +1,5 @@
 r"""The posterior from the power spectra of the observed maps: a Gaussian likelihood of band powers, sampled by NUTS."""
 
-import functools
-import itertools
 from typing import Any
 
 import equinox as eqx
@@ -96,24 +94,16 @@ class BandPowerLikelihood(eqx.Module):
 
 
 class _Target(eqx.Module):
-    r"""Log-posterior in $v$, where $u = u_0 + R v$ is the prior's unconstrained space.
-
-    Its value is exact; its gradient is that of a polynomial fit of the likelihood's residual. Leapfrog steps with any
-    force preserve volume and can be reversed, so a trajectory weighted by exact energies leaves the exact posterior
-    invariant (Neal 2011, section 5.5); the fit decides the acceptance alone, and spares the spectra's derivatives.
-    """
+    """Log-posterior in $v$, where $u = u_0 + R v$ is the prior's unconstrained space."""
 
     likelihood: BandPowerLikelihood
     prior: Prior
     centre: Float[Array, " p"]
     root: Float[Array, "p p"]
-    coefficients: Float[Array, "terms n"]
 
     def __call__(self, v):
         u = self.centre + self.root @ v
-        fit = -0.5 * jnp.sum((_monomials(v) @ self.coefficients) ** 2)
-        exact = self.likelihood.log_prob(self.prior.from_unconstrained(jax.lax.stop_gradient(u)))
-        return self.prior.log_prob_unconstrained(u) + fit + jax.lax.stop_gradient(exact - fit)
+        return self.prior.log_prob_unconstrained(u) + self.likelihood.log_prob(self.prior.from_unconstrained(u))
 
     def theta(self, v):
         return self.prior.from_unconstrained(self.centre + self.root @ v)
@@ -153,11 +143,10 @@ def power_spectrum_posterior(
     likelihood = BandPowerLikelihood(
         sim, x, n_bands=n_bands, edges=edges, theta_covariance=theta_covariance, covariance=covariance
     )
-    key_start, key_chain, key_prior, key_fit = jax.random.split(check_key(key), 4)
+    key_start, key_chain, key_prior = jax.random.split(check_key(key), 3)
     centre, root = _whitened(likelihood, sim.prior, key_prior)
-    fit, finite = _fit(likelihood, sim.prior, centre, root, key_fit)
-    target = _Target(likelihood, sim.prior, *(jnp.asarray(a, jnp.result_type(float)) for a in (centre, root, fit)))
-    init = finite[np.asarray(jax.random.choice(key_start, len(finite), (n_chains,), replace=False))]
+    target = _Target(likelihood, sim.prior, *(jnp.asarray(a, jnp.result_type(float)) for a in (centre, root)))
+    init = 2.0 * jax.random.normal(key_start, (n_chains, sim.prior.dim))
     defaults = dict(names=sim.prior.names, mass="dense", step_size=0.5, max_tree_depth=7)
     return nuts(target, init, key_chain, n_warmup, n_samples, extract=target.theta, **(defaults | settings))
 
@@ -199,33 +188,6 @@ def _whitened(likelihood: BandPowerLikelihood, prior: Prior, key, n_steps: int =
         if gain < 1e-3:
             break
     return u, np.linalg.inv(np.linalg.cholesky(curvature)).T
-
-
-def _fit(likelihood, prior, centre, root, key, spread: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients of `_monomials(v)` for the residual, and the overdispersed points v at which it is finite.
-
-    Least squares, in which points far below the peak weigh little.
-    """
-    p = len(centre)
-    n = 10 * len(_monomials(jnp.zeros(p)))
-    v = spread * np.asarray(jax.random.normal(key, (n, p)), float)
-    rows = _residuals(likelihood, prior, centre + v @ root.T)
-    good = np.isfinite(rows).all(1)
-    if good.sum() < n // 2:
-        raise ValueError(f"Expected finite spectra around the posterior's peak; {int(good.sum())} of {n} points were.")
-    v, rows = v[good], rows[good]
-    excess = np.sum(rows**2, 1) - np.min(np.sum(rows**2, 1))
-    weight = 1 / (1 + excess / (4 * p))[:, None]
-    features = np.asarray(jax.vmap(_monomials)(jnp.asarray(v)), float)
-    return np.linalg.lstsq(features * weight, rows * weight, rcond=None)[0], v
-
-
-def _monomials(v: Float[Array, " p"]) -> Float[Array, " terms"]:
-    """All monomials of v up to fourth order (second, in many dimensions)."""
-    order = 4 if len(v) <= 6 else 2
-    index = np.array(list(itertools.combinations_with_replacement(range(len(v) + 1), order)))
-    factors = jnp.concatenate([jnp.ones_like(v[:1]), v])[index]  # the leading 1 gives the lower orders
-    return functools.reduce(jnp.multiply, [factors[:, k] for k in range(order)])
 
 
 def _residuals(likelihood: BandPowerLikelihood, prior: Prior, u, size: int = 64) -> np.ndarray:
