@@ -158,8 +158,8 @@ def test_new_ramps_are_nearly_the_identity():
     x = jnp.linspace(-3, 3, 61)
     for ramps in (1, 4, 8):
         y, log_det = jax.vmap(LogisticRamps(ramps).transform_and_log_det)(x)
-        np.testing.assert_allclose(y, x, atol=0.06)
-        np.testing.assert_allclose(log_det, 0.0, atol=0.08)
+        np.testing.assert_allclose(y, x, atol=0.02)
+        np.testing.assert_allclose(log_det, 0.0, atol=0.02)
 
 
 def test_ramps_can_be_bimodal(x64):

@@ -2,6 +2,7 @@
 
 import json
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,8 @@ def test_round_trip(saved):
     np.testing.assert_array_equal(loaded.history.validation, posterior.history.validation)
     assert loaded.history.stop_reason == posterior.history.stop_reason
     assert b"pickle" not in path.read_bytes()
+    inside = eqx.filter_jit(lambda p: p.log_prob(theta, x))(loaded)
+    np.testing.assert_allclose(inside, posterior.log_prob(theta, x), rtol=1e-6)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -25,7 +25,7 @@ class LogisticRamps(AbstractBijection):
     1/a: multimodal and skewed densities are within reach of one layer. The tails are linear, of slope
     e^s min(a), and every quantity stays in log space, so that the value, the log-derivative and their gradients are
     finite in float32 far outside the bulk. All fields are free real numbers, to be offset by a
-    conditioner; with none of them moved the map is the identity within a few per cent.
+    conditioner; with none of them moved the map is the identity within two per cent.
 
     The inverse is a bracketed Newton iteration (the bracket is exact: a mixture of ramps lies between its
     smallest and its largest) with an implicit derivative in the argument and in all the parameters.

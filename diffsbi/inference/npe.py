@@ -1,5 +1,6 @@
 r"""Neural posterior estimation from simulations, with their scores where there are any."""
 
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,8 @@ class NPE:
 
     The density is learned in standardised unconstrained coordinates v (`Standardiser`), where it minimises
     $-\langle\log q\rangle$ + (score term). The target of $\nabla_v \log q$ is the joint score, moved to v, with the
-    prior's own: $L^T (J^T \nabla_\theta\log p(x,z|\theta) + \nabla_u \log p(u))$.
+    prior's own: $L^T (J^T \nabla_\theta\log p(x,z|\theta) + \nabla_u \log p(u))$. With scores, the linear part of the
+    density (and the noise of the score) is fitted first, the flow from there; histories tell of the latter.
 
     This object only collects simulations (`append` changes it and returns it); everything that is fitted is in
     the frozen `Posterior`.
@@ -153,7 +155,7 @@ class NPE:
             "members": members,
             "simulations": len(self),
         }
-        return Posterior(self.prior, tuple(m for m, _ in fits), tuple(h for _, h in fits), config)
+        return Posterior(self.prior, tuple(m for m, _ in fits), tuple(h for _, h in fits), json.dumps(config))
 
     def _unconstrained_rows(self) -> dict[str, np.ndarray]:
         thetas, xs, scores = zip(*self._rows, strict=True)
@@ -203,7 +205,7 @@ class NPE:
         """The density with its linear part, and the noise model, fitted first: few parameters, so little to overfit."""
         key_level, key_fit = jax.random.split(key)
         p, d = self.prior.dim, data["c"].shape[1]
-        model = ScoredDensity(with_linear_part(StandardNormal((p,)), ConditionalAffine(p, d)))
+        model = ScoredDensity(with_linear_part(StandardNormal((p,)), ConditionalAffine(p, d)))  # type: ignore[call-arg]
         if isinstance(loss, MeasuredScore):
             model = ScoredDensity(model.density, first_noise(data["v"], data["score"]), noise_level(key_level, p, d))
         rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}

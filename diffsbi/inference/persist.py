@@ -135,7 +135,7 @@ def load_posterior(
         )
     members, default_x = eqx.tree_deserialise_leaves(io.BytesIO(payload), (like, empty_x))
     histories = tuple(_history_from_json(h) for h in header["histories"])
-    return Posterior(prior, members, histories, config, default_x)
+    return Posterior(prior, members, histories, json.dumps(config), default_x)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:

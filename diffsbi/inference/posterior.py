@@ -1,5 +1,6 @@
 r"""A fitted posterior: draws and densities in theta, whatever the space that it was learned in."""
 
+import json
 from typing import Any
 
 import equinox as eqx
@@ -39,19 +40,23 @@ class Posterior(eqx.Module):
         prior: Names, supports, and the map to unconstrained space.
         members: The fitted densities.
         histories: How each of them was fitted.
-        config: What rebuilds the densities when loading (see `persist`).
+        config_json: What rebuilds the densities when loading (see `persist`); as a dictionary, `config`.
         default_x: The data that `sample` and `log_prob` use where they are given none.
     """
 
     prior: Prior
     members: tuple[Member, ...]
     histories: tuple[History, ...]
-    config: dict[str, Any] = eqx.field(static=True)
+    config_json: str = eqx.field(static=True)
     default_x: Array | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.prior.names
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return json.loads(self.config_json)
 
     @property
     def x_dim(self) -> int:
