@@ -206,7 +206,7 @@ def _duration(seconds: float) -> str:
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: #1c1c1c; background: #fff;
-       max-width: 62rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+       max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; margin: 0 0 .6rem; } h2 { margin: 2.6rem 0 .6rem; font-size: 1.3rem; }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0 0 1rem; }
 dt { color: #666; } dd { margin: 0; }

@@ -222,6 +222,12 @@ def _run(program, states, groups, total, store, report):
             report(group, records[g][-1], resumed=True)
         if done:
             states[g] = store.read_state(g, store.count(g) - 1, states[g])
+    x64 = jax.config.jax_enable_x64  # a context of the calling thread, which the pool's threads do not share
+
+    def advance(state, n):
+        with jax.enable_x64(x64):
+            return program.advance(state, n)
+
     # One thread for each core: a chain's many small operations leave the other cores idle.
     with report, ThreadPoolExecutor(min(len(groups), os.cpu_count() or 1)) as pool:
         while True:
@@ -230,7 +236,7 @@ def _run(program, states, groups, total, store, report):
                 return records, states
             n = min(size, total - min(counts))
             behind = [g for g, count in enumerate(counts) if count == min(counts)]
-            running = {pool.submit(program.advance, states[g], n): g for g in behind}
+            running = {pool.submit(advance, states[g], n): g for g in behind}
             for done in as_completed(running):
                 g = running[done]
                 states[g], record = done.result()

@@ -205,4 +205,8 @@ def _draw_rows(sim, key, index, theta, *, with_score, latents, keep_latents):
         score = sim.score(t, z, x, latents=latents) if with_score else None
         return t, x, score, z if keep_latents else None
 
-    return jax.lax.map(row, (index, theta))
+    # A loop of one row is unrolled and compiled differently, to other last bits: such a row is computed twice.
+    n = len(index)
+    at_least_two = jnp.arange(max(n, 2)) % n
+    rows = jax.lax.map(row, (index[at_least_two], None if theta is None else theta[at_least_two]))
+    return jax.tree.map(lambda a: a[:n], rows)
