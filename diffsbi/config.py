@@ -87,7 +87,7 @@ class Flow(_Section):
 
     density: str = "smooth"
     score_weight: Literal["auto"] | Positive = "auto"
-    members: Count = 1
+    members: Count = 4
     max_epochs: Count = 2000
     patience: Count | None = None
     batch_size: Count | None = None

@@ -197,6 +197,7 @@ class Analysis:
         return {
             "rows": len(rows["theta"]),  # reused, not simulated for this stage
             "dropped": len(bad),
+            "scores_left_out": posterior.config["scores_left_out"],
             "steps": sum(history.steps for history in posterior.histories),
             "stop_reasons": [history.stop_reason for history in posterior.histories],
             "warnings": _dropped(len(bad)) + _outside_training(self.sim.names, np.asarray(observed), np.asarray(t)),

@@ -289,3 +289,18 @@ def test_scores_and_a_density_that_is_not_smooth_are_warned_about():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="'spline' is not smooth"):
             estimator.fit(jax.random.key(0))
+
+
+def test_a_few_absurd_scores_do_not_decide():
+    """Joint scores can be larger by orders of magnitude in a corner of the prior; such rows keep only their theta."""
+    theta, x, score = simulate(jax.random.key(21), 200)
+    wild = np.asarray(score).copy()
+    wild[:3] = 1e6 * np.sign(wild[:3])
+    plain, robust = (
+        npe().append(theta, x, s).fit(jax.random.key(22), members=1, max_epochs=100) for s in (score, wild)
+    )
+    assert plain.config["scores_left_out"] == 0 and robust.config["scores_left_out"] == 3
+    at = np.asarray(x[10])
+    a, b = (np.asarray(p.sample(jax.random.key(23), 2000, x=at)) for p in (plain, robust))
+    assert np.abs(b.mean(0) - a.mean(0)).max() < 0.2 * a.std(0).max()
+    np.testing.assert_allclose(b.std(0), a.std(0), rtol=0.2)

@@ -5,6 +5,7 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flowjax.distributions import AbstractDistribution
 
 from diffsbi._types import Array, Float, Key
@@ -31,6 +32,17 @@ def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array
     return jax.vmap(one)(jnp.asarray(theta), jnp.asarray(score))
 
 
+def score_outliers(score: np.ndarray, cut: float = 10.0) -> np.ndarray:
+    """True for rows `(n,)` with a component beyond `cut` robust standard deviations (median, 1.4826 × MAD).
+
+    Simulators can have corners of the prior where the joint score is larger by orders of magnitude (for lensing maps
+    where baryons dominate, or at modes without a Gaussian partner). One such row would decide a squared loss.
+    """
+    centre = np.median(score, axis=0)
+    scale = 1.4826 * np.median(np.abs(score - centre), axis=0)
+    return np.any(np.abs(score - centre) > cut * np.maximum(scale, np.finfo(score.dtype).tiny), axis=1)
+
+
 class ScoredDensity(eqx.Module):
     r"""What is trained: a density, and the covariance of the score's noise, $\Sigma(v, c) = e^{2 s(v, c)} \Sigma_0$.
 
@@ -55,7 +67,10 @@ class ScoredDensity(eqx.Module):
 
 
 class AbstractScoreLoss(eqx.Module):
-    """A loss over batches `{"v": (n, p), "c": (n, d), "score": (n, p)}` of standardised rows."""
+    """A loss over batches `{"v": (n, p), "c": (n, d), "score": (n, p), "use": (n,)}` of standardised rows.
+
+    `use` is 1 where a row's score counts and 0 where it is left out (`score_outliers`).
+    """
 
     @abc.abstractmethod
     def __call__(self, params, static, batch, key) -> Array:
@@ -80,7 +95,7 @@ class WeightedScore(AbstractScoreLoss):
 
     def __call__(self, params, static, batch, key):
         value, residual = _value_and_residual(eqx.combine(params, static).density, batch)
-        return -jnp.mean(value) + jnp.mean(residual**2 @ self.weight)
+        return -jnp.mean(value) + jnp.mean(batch["use"] * (residual**2 @ self.weight))
 
 
 class MeasuredScore(AbstractScoreLoss):
@@ -99,7 +114,7 @@ class MeasuredScore(AbstractScoreLoss):
         white, log_det = model.whiten_noise(residual)
         level = model.log_level(batch["v"], batch["c"])
         distance = jnp.sum(white**2, -1) * jnp.exp(-2 * level)
-        return jnp.mean(-value + 0.5 * distance + level * residual.shape[-1]) - log_det
+        return jnp.mean(-value + batch["use"] * (0.5 * distance + level * residual.shape[-1] - log_det))
 
 
 def noise_level(key: Key, dim: int, condition_dim: int) -> eqx.nn.MLP:

@@ -22,6 +22,7 @@ from diffsbi.inference.losses import (
     first_noise,
     noise_level,
     posterior_score,
+    score_outliers,
 )
 from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.standardise import fit_standardiser
@@ -154,6 +155,7 @@ class NPE:
             "x_dim": int(rows["x"].shape[1]),
             "members": members,
             "simulations": len(self),
+            "scores_left_out": int(len(self) - rows["use"].sum()) if "use" in rows else 0,
         }
         return Posterior(self.prior, tuple(m for m, _ in fits), tuple(h for _, h in fits), json.dumps(config))
 
@@ -168,7 +170,10 @@ class NPE:
                 warnings.warn(f"The density {self.density!r} is not smooth: its score cannot follow.", stacklevel=3)
         for name, value in rows.items():
             check_finite(f"{name} in unconstrained space", value)
-        return {name: np.asarray(value) for name, value in rows.items()}
+        arrays = {name: np.asarray(value) for name, value in rows.items()}
+        if "score" in arrays:
+            arrays["use"] = 1 - score_outliers(arrays["score"]).astype(arrays["score"].dtype)
+        return arrays
 
     def _uses_scores(self) -> bool:
         return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))
@@ -182,7 +187,9 @@ class NPE:
             c = standardiser.condition(jnp.asarray(rows["x"][index]))
             out = {"v": standardiser.to_standard(jnp.asarray(rows["u"][index]), c), "c": c}
             if "score" in rows:
-                out["score"] = standardiser.score_to_standard(jnp.asarray(rows["score"][index]))
+                used = rows["score"] * rows["use"][:, None]  # so that no term overflows where it is left out
+                out["score"] = standardiser.score_to_standard(jnp.asarray(used[index]))
+                out["use"] = jnp.asarray(rows["use"][index])
             return out
 
         data, validation = standardised(train), standardised(held_out)
