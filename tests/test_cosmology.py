@@ -5,6 +5,7 @@ import itertools
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax_cosmo as jc
 import numpy as np
 import pytest
 from jax.scipy.special import erf
@@ -58,8 +59,6 @@ def jax_cosmo_spectra(theta):
     Its integral runs over log10 of the limits, 0.018 to 20 h/Mpc. The halofit spectrum is not linear in sigma_8², so
     the bias is divided out of sigma_8 itself.
     """
-    jc = pytest.importorskip("jax_cosmo")
-
     @register_pytree_node_class
     class PhotoZ(jc.redshift.redshift_distribution):
         def pz_fn(self, z):
@@ -131,7 +130,6 @@ def test_linear_power_has_the_wanted_sigma_8(x64):
 
 
 def test_transfer_function_matches_jax_cosmo(x64):
-    jc = pytest.importorskip("jax_cosmo")
     k = np.geomspace(1e-4, 50, 200)
     for theta in (FID, FID * [0.5, 1.2, 1, 1.2, 1, 1]):
         omega_c, omega_b, sigma_8, h, n_s, w_0 = map(float, theta)
