@@ -59,6 +59,7 @@ def jax_cosmo_spectra(theta):
     Its integral runs over log10 of the limits, 0.018 to 20 h/Mpc. The halofit spectrum is not linear in sigma_8², so
     the bias is divided out of sigma_8 itself.
     """
+
     @register_pytree_node_class
     class PhotoZ(jc.redshift.redshift_distribution):
         def pz_fn(self, z):
