@@ -18,6 +18,7 @@ from diffsbi.config import Config
 from diffsbi.flows import FLOWS
 from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
 from diffsbi.runs import Run, start_run
+from diffsbi.sampling.chains import write_npz
 from diffsbi.simulators.lensing import LensingMaps, lsst_y10
 from diffsbi.store import Block, SimulationStore, create_store, open_store
 
@@ -128,6 +129,7 @@ class Analysis:
             n_covariance=settings.n_covariance,
             n_derivative=settings.n_derivative,
             progress=self.progress,
+            keep=functools.partial(_keep_batch, folder / "batches"),
         )
         arrays = {name: np.asarray(getattr(compression, name)) for name in ("theta0", "mean", "matrix", "fisher")}
         np.savez(folder / "compression.npz", **arrays)
@@ -223,6 +225,7 @@ class Analysis:
             n_chains=settings.n_chains,
             n_warmup=settings.n_warmup,
             n_samples=settings.n_draws,
+            folder=folder / "blocks",
             progress=self.progress,
         )
         return _save_chains(chains, folder)
@@ -327,6 +330,15 @@ def _outside_training(names, observed, t) -> list[str]:
         for name, value, a, b in zip(names, observed, low, high, strict=True)
         if not a <= value <= b
     ]
+
+
+def _keep_batch(folder: Path, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Rows of a batch: from its file if an interrupted attempt left it, else computed and written, whole or not."""
+    path = folder / f"{name}.npz"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        write_npz(path, {"rows": compute()})
+    return load_npz(path)["rows"]
 
 
 def _save_chains(chains, folder: Path) -> Mapping:

@@ -327,3 +327,29 @@ def test_compression_explains_what_it_cannot_do():
         moped(design * np.nan, covariance, mean, theta0)
     with pytest.raises(ValueError, match=r"Expected s with trailing shape \(40,\)"):
         moped(design, covariance, mean, theta0)(np.zeros(5))
+
+
+def test_an_interrupted_compression_goes_on_from_its_batches(x64):
+    """The batches that were kept are not simulated again, and the result is the same."""
+    kept, computed, stop_after = {}, [], [3]
+
+    def keep(name, compute):
+        if name not in kept:
+            if len(computed) == stop_after[0]:
+                raise KeyboardInterrupt
+            computed.append(name)
+            kept[name] = compute()
+        return kept[name]
+
+    def build(keep):
+        simulate = lambda theta, key: theta + jax.random.normal(key, (2,))  # noqa: E731
+        arguments = (lambda x: jnp.concatenate([x, x**2]), simulate, jnp.array([1.0, 2.0]), jax.random.key(0), 40, 10)
+        return score_compression(*arguments, batch_size=10, keep=keep)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(keep)
+    stop_after[0] = None
+    again = build(keep)
+    assert len(computed) == len(set(computed)) == 8  # four batches of values, four of derivatives, each once
+    whole = build(lambda name, compute: compute())
+    np.testing.assert_array_equal(again.matrix, whole.matrix)

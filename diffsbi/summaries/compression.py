@@ -1,5 +1,6 @@
 r"""Score (MOPED) compression of a statistic to one number per parameter at a fiducial point."""
 
+import functools
 from collections.abc import Callable
 
 import equinox as eqx
@@ -120,6 +121,7 @@ def score_compression(
     shrinkage: bool = True,
     batch_size: int = 16,
     progress: bool = False,
+    keep: Callable[[str, Callable[[], np.ndarray]], np.ndarray] = lambda name, compute: compute(),
 ) -> ScoreCompression:
     r"""Build the compression of `statistic(simulate(theta, key))` at `theta0` from simulations.
 
@@ -136,6 +138,8 @@ def score_compression(
         shrinkage: Shrink the covariance (`shrunk_covariance`); otherwise the sample covariance with Hartlap's factor.
         batch_size: Draws computed at once.
         progress: Show a progress bar.
+        keep: Called with the name of each batch and the function that computes its rows, returns the rows: a place
+            to store them, and to give them back to a run that was interrupted.
 
     Raises:
         ValueError: If there are too few draws, or a statistic or derivative is not finite.
@@ -149,9 +153,10 @@ def score_compression(
         return statistic(simulate(theta, one_key))
 
     with tqdm(total=n_covariance + n_derivative, disable=not progress, desc="compression", unit="sim") as bar:
-        values = _over_keys(summarise, theta0, key_covariance, n_covariance, batch_size, bar)
+        keep_value, keep_slope = (functools.partial(_keep, keep, name) for name in ("values", "derivatives"))
+        values = _over_keys(summarise, theta0, key_covariance, n_covariance, batch_size, bar, keep_value)
         small = max(1, batch_size // (len(theta0) + 1))
-        jacobians = _over_keys(jax.jacfwd(summarise), theta0, key_derivative, n_derivative, small, bar)
+        jacobians = _over_keys(jax.jacfwd(summarise), theta0, key_derivative, n_derivative, small, bar, keep_slope)
     check_finite("statistics", values)
     check_finite("derivatives of the statistics", jacobians)
     factor = 1.0 if shrinkage else hartlap(n_covariance, values.shape[1])
@@ -160,7 +165,11 @@ def score_compression(
     return moped(jacobians.mean(0), covariance, values.mean(0), theta0, precision_factor=factor, **account)
 
 
-def _over_keys(function, theta, key, n, batch_size, bar) -> np.ndarray:
+def _keep(keep, name: str, start: int, compute):
+    return keep(f"{name}_{start:06d}", compute)
+
+
+def _over_keys(function, theta, key, n, batch_size, bar, keep) -> np.ndarray:
     """function(theta, fold_in(key, i)) for i < n, in float64; every batch has the same size: one compilation."""
     size = min(n, max(1, batch_size))
 
@@ -171,6 +180,6 @@ def _over_keys(function, theta, key, n, batch_size, bar) -> np.ndarray:
     rows = []
     for start in range(0, n, size):
         count = min(size, n - start)
-        rows.append(np.asarray(batch(theta, start + jnp.arange(size)), float)[:count])
+        rows.append(keep(start, lambda s=start, c=count: np.asarray(batch(theta, s + jnp.arange(size)), float)[:c]))
         bar.update(count)
     return np.concatenate(rows)
