@@ -177,7 +177,7 @@ class AbstractSimulator(eqx.Module):
 
     def _rows_that_fit(self, budget: int = 2**28) -> int:
         _, z, x = eqx.filter_eval_shape(self.draw_one, jax.random.key(0))
-        return int(max(1, min(1024, budget // (4 * (z.size + x.size)))))
+        return int(max(1, min(128, budget // (4 * (z.size + x.size)))))
 
 
 def _even_size(n: int, largest: int) -> int:
