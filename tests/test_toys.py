@@ -32,7 +32,7 @@ def test_linear_score_is_the_marginal_score_in_the_whitened_coordinate(linear):
     exact = jax.jit(jax.vmap(linear.marginal_score))(draws.theta, draws.x)
     np.testing.assert_allclose(draws.score, exact, rtol=0, atol=1e-10 * np.abs(exact).max())
     white = linear.draw(jax.random.key(0), 50)
-    np.testing.assert_array_equal(white.x, draws.x)
+    np.testing.assert_allclose(white.x, draws.x, rtol=1e-12)  # another program: the last bit may differ
     assert np.abs(white.score - exact).max() > 0.1
 
 
