@@ -173,7 +173,7 @@ class LensingMaps(AbstractSimulator):
         return self.spectrum.log_nu_grid
 
     def _interpolation(self, ell: np.ndarray) -> np.ndarray:
-        """Cubic-spline operator from the multipole nodes to `ell`; far nodes, whose weight is nil, get zero columns."""
+        """Cubic-spline operator in ln(ℓ + ½) from the multipole nodes to `ell`."""
         return spline_matrix(self._log_nu, np.log(ell + 0.5))
 
     def _mode_power(self, log_limber):
@@ -232,7 +232,7 @@ def _check_grid(n_pix, side_deg) -> None:
         raise ValueError(f"Expected n_pix to be even and at least 4; got {n_pix}.")
     if not 0 < side_deg <= 60:
         raise ValueError(f"Expected 0 < side_deg <= 60 (flat sky); got {side_deg}.")
-    if 30 * 60 < side_deg * 60 / n_pix * 10:
+    if side_deg > 3 * n_pix:
         raise ValueError(f"Expected pixels below 3 degrees; got {side_deg / n_pix:.2f}.")
 
 
