@@ -67,7 +67,8 @@ class Convergence(eqx.Module):
         r"""(ln of the Limber integral at the nodes ν = ℓ + ½, log-normal shift λ of every bin).
 
         The first is $\ln \int d\chi\, q_i q_j P(\nu/\chi)/\chi^2$, without $f_\ell$. Both, with six derivatives in
-        theta (and in nothing else), are computed together in one forward sweep: what follows may then be differentiated either way cheaply.
+        theta (and in nothing else), are computed together in one forward sweep: what follows may then be
+        differentiated either way cheaply.
         """
         return _with_forward_jacobian(self, theta)
 
