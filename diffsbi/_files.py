@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["differences", "digest", "explain_full_disk", "load_npz", "read_json", "write_atomically", "write_json"]
+__all__ = [
+    "differences",
+    "digest",
+    "explain_full_disk",
+    "load_npz",
+    "read_json",
+    "write_atomically",
+    "write_json",
+    "write_npz",
+]
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -40,6 +50,13 @@ def read_json(path: Path):
         return json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected {path} to be JSON; it is truncated or damaged ({error}).") from error
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays to an `.npz` file, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_atomically(path, buffer.getvalue())
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi import inference, sampling, summaries
-from diffsbi._files import digest, load_npz, write_json
+from diffsbi._files import digest, load_npz, write_json, write_npz
 from diffsbi._types import check_names
 from diffsbi.comparison import METHODS, compare_posteriors, prior_bounds, unconverged
 from diffsbi.config import Config
 from diffsbi.flows import FLOWS
 from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
 from diffsbi.runs import Run, start_run
-from diffsbi.sampling.chains import write_npz
 from diffsbi.simulators.lensing import LensingMaps, lsst_y10
 from diffsbi.store import Block, SimulationStore, create_store, open_store
 

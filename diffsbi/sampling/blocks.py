@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsbi._files import differences, explain_full_disk, load_npz, read_json, write_json
-from diffsbi.sampling.chains import write_npz
+from diffsbi._files import differences, explain_full_disk, load_npz, read_json, write_json, write_npz
 
 VERSION = 1
 START = "log_density_at_start"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import numpy as np
 
-from diffsbi._files import load_npz, read_json, write_atomically, write_json
+from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi._types import check_finite
 
 VERSION = 1
@@ -132,15 +132,6 @@ def load_chains(folder) -> Chains:
     fields: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
     fields |= {name: account[name] for name in ("gradients", "n_warmup", "settings")}
     return Chains(**fields, names=tuple(account["names"]), tracked=tracked)
-
-
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays to an `.npz` file, whole or not at all."""
-    import io
-
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_atomically(path, buffer.getvalue())
 
 
 def ess_bulk(draws: np.ndarray) -> float:
