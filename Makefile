@@ -7,18 +7,19 @@ RUNS ?= runs
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXPERIMENTS := demo maps two_moons
+EXPERIMENTS := demo maps two_moons sampling full_field
 FIGURE_RUNS := $(if $(filter paper,$(PRESET)),$(RUNS),$(RUNS)/$(PRESET))
 FIGURES := $(filter-out paper_figures/__init__.py,$(wildcard paper_figures/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-latest bench figures lint format types clean
+.PHONY: help setup demo test test-slow test-latest bench bench-sampling figures lint format types clean
 
 help:
 	@echo "make demo         run the small LSST-Y10 configuration end to end and write its report"
 	@echo "make test         the default tests          make test-slow    the long ones"
 	@echo "make test-latest  the tests on the newest version of every dependency"
 	@echo "make bench        speed and memory           make figures      every figure (PRESET=smoke for a quick look)"
+	@echo "make bench-sampling  gradients and seconds per effective sample (PRESET=smoke, paper or large)"
 	@echo "make lint types   ruff, mypy                 make clean        remove the environment and caches"
 
 # Built once, and again when the pins or the metadata change. pip says what went wrong; the stamp comes last.
@@ -51,6 +52,9 @@ test-latest:
 
 bench: $(READY)
 	$(BIN)/python -m experiments.benchmarks
+
+bench-sampling: $(READY)
+	$(BIN)/python -m experiments.sampling --preset $(PRESET) --out $(FIGURE_RUNS)/sampling
 
 # The paper preset shares its run folders with `make demo`; the quick look has its own.
 figures: $(READY)

@@ -22,6 +22,15 @@ OutFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/
 RunFolder = Annotated[Path, typer.Option("--out", help="Run folder.")]
 MapFile = Annotated[Path | None, typer.Option("--observation", help="Observed map, a .npy file.")]
 AxisOrder = Annotated[str | None, typer.Option(help="Its axes, such as row,column,bin or bin,row,column.")]
+Sampler = Annotated[
+    str | None, typer.Option(help="best (the fastest exact one), hmc, nuts, mclmc, or mclmc_unadjusted (biased).")
+]
+UntilEss = Annotated[
+    float | None, typer.Option(help="Stop at this effective sample size in every parameter (and a small R-hat).")
+]
+Baselines = Annotated[
+    bool, typer.Option("--baselines", help="Also the power-spectrum and Gaussian-field posteriors of the map.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed in place of the configuration's.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="section.key=value in place of the configuration's.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
@@ -109,15 +118,21 @@ def hmc(
     config: ConfigFile = None,
     observation: MapFile = None,
     axis_order: AxisOrder = None,
+    sampler: Sampler = None,
+    until_ess: UntilEss = None,
+    baselines: Baselines = False,
     out: OutFolder = None,
     seed: Seed = None,
     settings: Settings = None,
     quiet: Quiet = False,
 ) -> None:
-    """Full-field posterior by NUTS, of a new run or (with --out alone) of the run that is there."""
-    changes = (config, observation, axis_order, seed, settings)
-    analysis = _resume(out, quiet) if out is not None and not any(changes) else _begin(config, out, *changes[1:], quiet)
-    _work(analysis, ["observe", "full_field"])
+    """Full-field posterior, of a new run or (with --out and no --config) of the run that is there."""
+    chosen = [f"full_field.sampler={sampler}"] * (sampler is not None)
+    chosen += [f"full_field.until_ess={until_ess}"] * (until_ess is not None)
+    settings = [*(settings or []), *chosen]
+    there = out is not None and (out / "manifest.json").is_file() and config is None and observation is None
+    analysis = _begin(config, out, observation, axis_order, seed, settings, quiet, there=there)
+    _work(analysis, ["observe", *["power_spectrum", "gaussian_field"] * baselines, "full_field"])
     _conclude(analysis)
 
 
@@ -143,15 +158,18 @@ def main() -> None:
     app()
 
 
-def _begin(config, out, observation, axis_order, seed, settings, quiet):
+def _begin(config, out, observation, axis_order, seed, settings, quiet, *, there=False):
+    """Open a run; of `there`, a run that exists, its own configuration is changed."""
     from diffsbi import pipeline
     from diffsbi.config import load_config, parse_config
+    from diffsbi.runs import open_run
 
     overrides: dict[str, Any] = dict(_setting(text) for text in settings or [])
     overrides |= {} if seed is None else {"seed": seed}
     overrides |= {} if observation is None else {"observation.file": str(observation)}
     overrides |= {} if axis_order is None else {"observation.axis_order": axis_order}
-    resolved = parse_config({}, overrides) if config is None else load_config(config, overrides)
+    begun = dict(open_run(out).config) if there else {}
+    resolved = parse_config(begun, overrides) if config is None else load_config(config, overrides)
     folder = Path("runs", resolved.name) if out is None else out
     analysis = pipeline.begin(resolved, folder, progress=not quiet)
     typer.echo(f"Run folder: {folder}")

@@ -11,7 +11,8 @@ METHODS = {
     "power_spectrum": "Power spectrum (NUTS)",
     "npe": "NPE",
     "npe_score": "NPE with scores",
-    "full_field": "Full field (NUTS)",
+    "gaussian_field": "Gaussian field (NUTS)",
+    "full_field": "Full field",
 }
 REFERENCE = "full_field"
 

@@ -104,14 +104,29 @@ class PowerSpectrum(_Section):
 
 
 class FullField(_Section):
-    """NUTS on the joint of parameters and latents."""
+    """Markov chains on the joint of parameters and latents; see `diffsbi.full_field_posterior`.
+
+    With `until_ess` the chains stop when every parameter has that effective sample size and R-hat is below `max_rhat`,
+    or after `n_draws` each.
+    """
 
     enabled: bool = True
+    sampler: str = "best"
     latents: str = "whitened"
     n_chains: Count = 4
-    n_warmup: Count = 150
-    n_draws: Count = 400
-    max_rhat: Positive = 1.05
+    n_warmup: Count = 200
+    n_draws: Count = 600
+    until_ess: Positive | None = None
+    max_rhat: Positive = 1.01
+    maps: bool = True
+
+
+class GaussianField(_Section):
+    """NUTS on the exact likelihood of a Gaussian field with the same spectra."""
+
+    n_chains: Count = 4
+    n_warmup: Count = 300
+    n_draws: Count = 500
 
 
 class Compare(_Section):
@@ -132,6 +147,7 @@ class Config(_Section):
     summaries: Summaries = Summaries()
     flow: Flow = Flow()
     power_spectrum: PowerSpectrum = PowerSpectrum()
+    gaussian_field: GaussianField = GaussianField()
     full_field: FullField = FullField()
     compare: Compare = Compare()
 

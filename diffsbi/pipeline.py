@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,16 +15,21 @@ from diffsbi import inference, sampling, summaries
 from diffsbi._files import digest, load_npz, write_json, write_npz
 from diffsbi._types import check_names
 from diffsbi.comparison import METHODS, compare_posteriors, prior_bounds, unconverged
-from diffsbi.config import Config
+from diffsbi.config import Config, Survey
 from diffsbi.flows import FLOWS
 from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
 from diffsbi.runs import Run, start_run
 from diffsbi.simulators.lensing import LensingMaps, lsst_y10
 from diffsbi.store import Block, SimulationStore, create_store, open_store
 
-STREAMS = ("observation", "compression", "simulations", "npe", "npe_score", "power_spectrum", "full_field", "compare")
+STREAMS = (
+    "observation", "compression", "simulations", "npe", "npe_score", "power_spectrum", "full_field", "compare",
+    "gaussian_field",
+)  # fmt: skip
 TRAINING = ("theta", "score", "statistics")
-FREE = ("simulations.max_nonfinite", "full_field.enabled", "full_field.max_rhat", "compare")
+FREE = ("simulations.max_nonfinite", "compare") + tuple(
+    f"full_field.{name}" for name in ("enabled", "max_rhat", "until_ess", "n_draws")
+)
 """Settings that may change in a run without changing what its stages have made."""
 
 __all__ = ["METHODS", "STAGES", "Analysis", "begin", "load_samples"]
@@ -77,9 +83,22 @@ class Analysis:
         """NUTS on the likelihood of the binned spectra."""
         self.run.once("power_spectrum", functools.partial(self._power_spectrum, self.observe()))
 
+    def gaussian_field(self) -> None:
+        """NUTS on the exact likelihood of a Gaussian field with the same spectra."""
+        self.run.once("gaussian_field", functools.partial(self._gaussian_field, self.observe()))
+
     def full_field(self) -> None:
-        """NUTS on the joint of parameters and latents."""
-        self.run.once("full_field", functools.partial(self._full_field, self.observe()))
+        """Markov chains on the joint of parameters and latents; goes on where more draws are wanted than there are."""
+        more = self.run.finished("full_field") and self._wants_more(self.run.account("full_field"))
+        self.run.once("full_field", functools.partial(self._full_field, self.observe()), more=more)
+
+    def _wants_more(self, account: Mapping) -> bool:
+        settings = self.config.full_field
+        if settings.n_draws <= account["draws"]:
+            return False
+        if settings.until_ess is None:
+            return True
+        return min(account["ess"].values()) < settings.until_ess or max(account["rhat"].values()) >= settings.max_rhat
 
     def compare(self) -> dict:
         """Means, widths, figures of merit and distances of the posteriors that are there."""
@@ -229,6 +248,20 @@ class Analysis:
         )
         return _save_chains(chains, folder)
 
+    def _gaussian_field(self, x, folder: Path) -> Mapping:
+        settings = self.config.gaussian_field
+        chains = sampling.gaussian_field_posterior(
+            self.sim,
+            jnp.asarray(x),
+            self.run.key("gaussian_field"),
+            n_chains=settings.n_chains,
+            n_warmup=settings.n_warmup,
+            n_samples=settings.n_draws,
+            folder=folder / "blocks",
+            progress=self.progress,
+        )
+        return _save_chains(chains, folder)
+
     def _full_field(self, x, folder: Path) -> Mapping:
         settings = self.config.full_field
         chains = sampling.full_field_posterior(
@@ -238,7 +271,11 @@ class Analysis:
             n_chains=settings.n_chains,
             n_warmup=settings.n_warmup,
             n_samples=settings.n_draws,
+            sampler=settings.sampler,
             latents=settings.latents,
+            until_ess=settings.until_ess,
+            max_rhat=settings.max_rhat,
+            maps=settings.maps,
             folder=folder / "blocks",
             progress=self.progress,
         )
@@ -254,12 +291,14 @@ def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analy
         FileNotFoundError, ValueError: If the observation, the survey or the folder is not as it must be.
     """
     settings = config.observation
+    config = config.model_copy(update={"survey": _with_table(config.survey, settings.file)})
     sim = lsst_y10(**config.survey.model_dump())
     check_names(list(settings.truth), sim.names)
     check_names([name for pair in config.compare.pairs for name in pair], sim.names)
     check_names([config.flow.density], list(FLOWS), "density")
     for section in (config.simulations, config.full_field):
         sim.transport(section.latents)
+    check_names([config.full_field.sampler], ["best", *sampling.SAMPLERS], "sampler")
     sim.prior.check([_truth(sim, config)[name] for name in sim.names])
     if settings.file is not None:
         read_map(settings.file, settings.axis_order, config.survey.n_bins, config.survey.n_pix)
@@ -269,6 +308,22 @@ def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analy
     elif settings.axis_order is not None:
         parse_axis_order(settings.axis_order, ())
     return Analysis(start_run(folder, config.resolved(), STREAMS, free=FREE), config, sim, progress)
+
+
+def _with_table(survey: Survey, observation: str | None) -> Survey:
+    """The survey with the path of its shift table: as it is, or beside the observation, or in $DIFFSBI_DATA."""
+    if survey.shift_table is None:
+        return survey
+    folders = [Path(), *([Path(observation).parent] if observation else [])]
+    folders += [Path(os.environ["DIFFSBI_DATA"])] if os.environ.get("DIFFSBI_DATA") else []
+    for folder in folders:
+        if (folder / survey.shift_table).is_file():
+            return survey.model_copy(update={"shift_table": str((folder / survey.shift_table).resolve())})
+    looked = ", ".join(str(folder.resolve()) for folder in folders)
+    raise FileNotFoundError(
+        f"Expected the shift table {survey.shift_table}; it is not in {looked}. Name its folder by DIFFSBI_DATA, or "
+        "give its path: --set survey.shift_table=PATH."
+    )
 
 
 def _truth(sim, config: Config) -> dict[str, float]:
@@ -353,6 +408,7 @@ def _save_chains(chains, folder: Path) -> Mapping:
         "divergences": chains.n_diverging,
         "chains": chains.n_chains,
         "draws": chains.n_draws,
+        "sampler": chains.settings["sampler"],
     }
 
 
@@ -363,6 +419,7 @@ STAGES: dict[str, tuple[str, str, Callable[[Analysis], object]]] = {
     "npe": ("neural posterior", "npe", lambda analysis: analysis.infer("npe")),
     "npe_score": ("neural posterior trained with scores", "npe_score", lambda analysis: analysis.infer("npe_score")),
     "power_spectrum": ("power-spectrum posterior (NUTS)", "power_spectrum", Analysis.power_spectrum),
-    "full_field": ("full-field posterior (NUTS)", "full_field", Analysis.full_field),
+    "gaussian_field": ("Gaussian-field posterior (NUTS)", "gaussian_field", Analysis.gaussian_field),
+    "full_field": ("full-field posterior", "full_field", Analysis.full_field),
 }
 """What the command line shows of each stage: its title, its folder in the run, and how it is done."""

@@ -20,7 +20,13 @@ LABELS = {
     "w_0": r"w_0",
 }
 # Okabe and Ito's colours: told apart by colour-blind readers and in print.
-COLORS = {"full_field": "#666666", "npe_score": "#D55E00", "npe": "#0072B2", "power_spectrum": "#009E73"}
+COLORS = {
+    "full_field": "#666666",
+    "npe_score": "#D55E00",
+    "npe": "#0072B2",
+    "power_spectrum": "#009E73",
+    "gaussian_field": "#CC79A7",
+}
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BAND = "#CCE3F0"
 STYLE = {
@@ -37,7 +43,10 @@ STYLE = {
     "figure.dpi": 110,
 }
 
-__all__ = ["COLORS", "LABELS", "contours", "maps", "png", "save", "spectra", "training_curves", "two_moons"]
+__all__ = [
+    "COLORS", "LABELS", "contours", "cost_with_size", "efficiency", "maps", "png", "reconstruction", "save", "spectra",
+    "training_curves", "two_moons",
+]  # fmt: skip
 
 
 def label(name: str) -> str:
@@ -77,24 +86,97 @@ def maps(x, side_deg: float, *, rows: Sequence[str] = ("observed",)) -> Figure:
     """
     x = np.asarray(x)
     x = x[None] if x.ndim == 3 else x
+    limits = [(-3 * row.std(), 3 * row.std()) for row in x]
+    return _map_rows(x, side_deg, rows, limits, ["RdBu_r"] * len(x), [r"convergence $\kappa$"] * len(x))
+
+
+def reconstruction(x, mean, sd, side_deg: float, bins: Sequence[int] | None = None) -> Figure:
+    r"""Observed maps, and posterior mean and standard deviation of the noiseless convergence, a column for each bin.
+
+    Args:
+        x, mean, sd: `(n_bins, n, n)`, dimensionless.
+        side_deg: Side of a map, in degrees.
+        bins: The bins to show, counted from 0; all of them by default.
+    """
+    chosen = list(range(len(x)) if bins is None else bins)
+    rows = np.stack([np.asarray(a)[chosen] for a in (x, mean, sd)])
+    limits = [(-3 * row.std(), 3 * row.std()) for row in rows[:2]] + [tuple(np.percentile(rows[2], [0.5, 99.5]))]
+    titles, colors = ("observed", "posterior mean", "posterior s.d."), ["RdBu_r", "RdBu_r", "viridis"]
+    labels = [r"$\kappa$ + noise", r"$\langle\kappa\rangle$", r"$\sigma(\kappa)$"]
+    return _map_rows(rows, side_deg, titles, limits, colors, labels, [f"bin {i + 1}" for i in chosen])
+
+
+def _map_rows(x, side_deg, rows, limits, cmaps, labels, columns=None) -> Figure:
     n_rows, n_bins = x.shape[:2]
+    columns = columns or [f"bin {i + 1}" for i in range(n_bins)]
     with matplotlib.rc_context(STYLE):
         figure = _figure(1.9 * n_bins + 0.9, 1.8 * n_rows + 0.5)
         axes = figure.subplots(n_rows, n_bins, squeeze=False)
         for r, row in enumerate(axes):
-            limit = 3 * x[r].std()
             for i, axis in enumerate(row):
-                image = axis.imshow(x[r, i], origin="lower", extent=(0, side_deg, 0, side_deg), cmap="RdBu_r",
-                                    vmin=-limit, vmax=limit)  # fmt: skip
+                image = axis.imshow(x[r, i], origin="lower", extent=(0, side_deg, 0, side_deg), cmap=cmaps[r],
+                                    vmin=limits[r][0], vmax=limits[r][1])  # fmt: skip
                 axis.set(xticks=[0, side_deg / 2, side_deg], yticks=[0, side_deg / 2, side_deg])
                 axis.tick_params(labelleft=i == 0, labelbottom=r == n_rows - 1)
                 if r == 0:
-                    axis.set_title(f"bin {i + 1}")
+                    axis.set_title(columns[i])
             row[0].set_ylabel(f"{rows[r]}\ndeg")
             bar = figure.colorbar(image, ax=list(row), shrink=0.85, pad=0.01, aspect=18, extend="both")
-            bar.set_label(r"convergence $\kappa$")
+            bar.set_label(labels[r])
         for axis in axes[-1]:
             axis.set_xlabel("deg")
+    return figure
+
+
+def efficiency(rows: Mapping[str, Mapping[str, float]], target: float | None = None, title: str = "") -> Figure:
+    """Gradients per effective sample of several samplers: from the best to the worst parameter, a dot for each.
+
+    Args:
+        rows: Sampler → parameter → gradients per effective sample.
+        target: A value to mark.
+        title: Over the panel.
+    """
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(6.2, 0.34 * len(rows) + 1.4)
+        axis = figure.subplots()
+        for y, row in enumerate(rows.values()):
+            axis.plot([min(row.values()), max(row.values())], [y, y], color="#BBBBBB", lw=2.5, zorder=1)
+            for i, name in enumerate(names):
+                if name in row:
+                    axis.plot(
+                        row[name], y, "o", ms=4.5, color=CYCLE[i % len(CYCLE)], label=label(name) if y == 0 else None
+                    )
+            axis.annotate(f"{max(row.values()):.0f}", (max(row.values()), y), (6, -3), textcoords="offset points")
+        if target is not None:
+            axis.axvline(target, color="#888888", lw=0.8, ls=":")
+        axis.set(xscale="log", yticks=range(len(rows)), yticklabels=list(rows), xlabel="gradients per effective sample")
+        axis.set_title(title)
+        axis.margins(x=0.12)
+        axis.invert_yaxis()
+        figure.legend(loc="outside lower center", ncols=len(names))
+    return figure
+
+
+def cost_with_size(sizes, cost: Mapping[str, Sequence[float]], fits: Mapping[str, tuple[float, float]]) -> Figure:
+    r"""Gradients per effective sample against the number of latents, with fitted power laws.
+
+    Args:
+        sizes: Latents of every map.
+        cost: Curve → gradients per effective sample (worst parameter) at every size.
+        fits: Curve → (amplitude, exponent) of $a\,d^{b}$.
+    """
+    sizes = np.asarray(sizes, float)
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(4.2, 3.0)
+        axis = figure.subplots()
+        for i, (name, values) in enumerate(cost.items()):
+            axis.plot(sizes, values, "o", ms=5, color=CYCLE[i % len(CYCLE)])
+            amplitude, exponent = fits[name]
+            text = f"{name}: $\\propto d^{{{exponent:.2f}}}$"
+            axis.plot(sizes, amplitude * sizes**exponent, color=CYCLE[i % len(CYCLE)], lw=1, label=text)
+        axis.set(xscale="log", yscale="log", xlabel="latents $d$", ylabel="gradients per effective sample")
+        axis.legend()
     return figure
 
 

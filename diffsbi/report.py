@@ -30,6 +30,7 @@ def write_report(run: Run) -> Path:
         _posterior_section(run, comparison, methods),
         _quality_section(comparison, methods, run.config),
         _data_section(run),
+        _reconstruction_section(run, methods),
         _training_section(run, methods),
         _provenance_section(run, manifest),
     ]
@@ -93,7 +94,7 @@ def _quality_section(comparison, methods, config) -> str:
     pairs = list(next(iter(comparison["methods"].values()))["figure_of_merit"])
     reference = comparison["reference"]
     head = ["", *(f"FoM<br>{'–'.join(_symbol(n) for n in p.split(','))}" for p in pairs)]
-    head += ["C2ST", "worst mean shift", "width ratio", "R̂ (worst)", "ESS (worst)", "gradients"]
+    head += ["C2ST", "worst mean shift", "width ratio", "R̂ (worst)", "ESS (worst)", "gradients", "per ESS (worst)"]
     rows = []
     for m in methods:
         row = comparison["methods"][m]
@@ -107,6 +108,8 @@ def _quality_section(comparison, methods, config) -> str:
         cells.append(_flag(max(rhat.values()), config["full_field"]["max_rhat"]) if rhat else "–")
         cells.append(f"{min(ess.values()):,.0f}" if ess else "–")
         cells.append(f"{account['gradients']:,}" if "gradients" in account else "–")
+        cost = account.get("gradients_per_effective_sample")
+        cells.append(f"{max(cost.values()):,.1f}" if cost else "–")
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     thead = "".join(f"<th>{cell}</th>" for cell in head)
     legend = (
@@ -128,6 +131,19 @@ def _data_section(run) -> str:
     maps = _image(plotting.maps(x, run.config["survey"]["side_deg"]), "The observed maps, noise included.")
     caption = f"Auto and cross spectra of the maps (points), and theory plus noise at {at} with its Gaussian scatter."
     return f"<h2>The data</h2>{maps}{_image(plotting.spectra(**spectra), caption)}"
+
+
+def _reconstruction_section(run, methods) -> str:
+    chains = load_npz(run.path("full_field", "chains.npz")) if "full_field" in methods else {}
+    if "tracked_mean" not in chains:
+        return ""
+    x = load_npz(run.path("observation", "observation.npz"))["x"]
+    side = run.config["survey"]["side_deg"]
+    figure = plotting.reconstruction(x, chains["tracked_mean"], chains["tracked_sd"], side)
+    caption = (
+        "The map, and the noiseless convergence that it implies: mean and standard deviation of the full-field draws."
+    )
+    return f"<h2>The reconstructed mass map</h2>{_image(figure, caption)}"
 
 
 def _training_section(run, methods) -> str:

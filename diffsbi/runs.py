@@ -59,8 +59,8 @@ class Run:
         """A path inside the folder of stage `name`."""
         return self.folder.joinpath(name, *parts)
 
-    def once(self, name: str, work: Callable[[Path], Mapping]) -> dict:
-        """Do a stage unless it is finished; return its account.
+    def once(self, name: str, work: Callable[[Path], Mapping], *, more: bool = False) -> dict:
+        """Do a stage unless it is finished, or `more` of it is wanted; return its account.
 
         `work` gets the stage's own folder, may find there what an interrupted attempt left, and returns
         its account as JSON values. The files it leaves are recorded with their SHA-256 (those of stores,
@@ -70,7 +70,7 @@ class Run:
             ValueError: If a file of the finished stage is missing or damaged: the message names it.
             OSError: If the disk is full.
         """
-        if self.finished(name):
+        if self.finished(name) and not more:
             self.check(name)
             return self.account(name)
         folder = self.path(name)
@@ -210,10 +210,10 @@ def _git_commit() -> str | None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the stage's files; stores (folders `*.zarr`) check themselves."""
+    """SHA-256 of the stage's files; stores (folders `*.zarr` and `blocks`) check themselves."""
     files = {}
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.endswith(".zarr"))
+        folders[:] = sorted(name for name in folders if not name.endswith((".zarr", "blocks")))
         for name in sorted(names):
             path = Path(root, name)
             files[path.relative_to(folder).as_posix()] = digest(path)

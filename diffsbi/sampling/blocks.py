@@ -1,6 +1,7 @@
 """Blocks of a chain on disk: written whole, checked when read, so that a killed run goes on where it stopped."""
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import jax
@@ -16,8 +17,8 @@ START = "log_density_at_start"
 class BlockStore:
     """`sampler.json` (the configuration) and, for each group of chains, its blocks and the state after the last.
 
-    The state of a block is written before the block, the state before it removed after: whenever the run is killed,
-    the last whole block has its state.
+    The state of a block is written before the block: whenever the run is killed, every whole block has its state. All
+    states stay, so that a block whose file is damaged later can be sampled again from the state before it.
 
     Raises:
         ValueError: If the folder holds blocks of another configuration or target, naming the differences.
@@ -35,32 +36,38 @@ class BlockStore:
             with explain_full_disk(self.folder, "the sampler's configuration"):
                 write_json(path, configuration)
 
-    def count(self, group: int) -> int:
-        """Whole blocks of this group."""
-        k = 0
-        while self._block(group, k).exists():
-            k += 1
-        return k
+    def write(self, group: int, k: int, record: dict[str, np.ndarray], state) -> None:
+        """Write block `k` of a group and the state after it.
 
-    def append(self, group: int, k: int, record: dict[str, np.ndarray], state) -> None:
-        """Write block `k` of a group and the state after it."""
+        Raises:
+            RuntimeError: If a state is there that differs: this machine does not repeat the chain, whose later blocks
+                would not follow.
+        """
+        packed, path = _pack(state), self._state(group, k)
+        before = _read(path) if path.exists() else None
+        if before is not None and array_digest(*before.values()) != array_digest(*packed.values()):
+            raise RuntimeError(f"Expected block {k} sampled again to end in {path}; it does not. Remove {self.folder}.")
         with explain_full_disk(self.folder, f"block {k} of the chains"):
-            _write(self._state(group, k), _pack(state))
+            if before is None:
+                _write(path, packed)
             _write(self._block(group, k), record)
-        if k > 0:
-            self._state(group, k - 1).unlink(missing_ok=True)
 
-    def read(self, group: int, k: int) -> dict[str, np.ndarray]:
-        """Block `k` of a group; `ValueError` names a damaged file."""
-        return _read(self._block(group, k))
+    def read(self, group: int, k: int) -> dict[str, np.ndarray] | None:
+        """Block `k` of a group; None where there is none, with a warning where its file is damaged or lost."""
+        path = self._block(group, k)
+        return _read(path) if path.exists() or self.has_state(group, k + 1) else None
+
+    def has_state(self, group: int, k: int) -> bool:
+        return self._state(group, k).exists()
 
     def read_state(self, group: int, k: int, like):
-        """The state after block `k`, a pytree as `like`."""
-        arrays = _read(self._state(group, k))
+        """The state after block `k`, a pytree as `like`; None, with a warning, where its file is damaged."""
+        path = self._state(group, k)
+        arrays = _read(path)
         try:
-            return _unpack(arrays, like)
+            return None if arrays is None else _unpack(arrays, like)
         except (KeyError, ValueError) as error:
-            raise ValueError(f"Expected {self._state(group, k)} to hold this sampler's state; {error}.") from error
+            raise ValueError(f"Expected {path} to hold this sampler's state; {error}.") from error
 
     def _block(self, group: int, k: int) -> Path:
         return self.folder / f"group{group:02d}_block{k:05d}.npz"
@@ -96,15 +103,22 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_npz(path, arrays | dict(sha256=np.frombuffer(digest.encode(), np.uint8)))
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, None with a warning if it is damaged or missing."""
     try:
         arrays = load_npz(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"Expected the file {path}; it is missing. Remove {path.parent} to sample anew.") from error
+    except (FileNotFoundError, ValueError) as error:
+        _warn(path, str(error))
+        return None
     digest = bytes(arrays.pop("sha256", np.zeros(0, np.uint8))).decode("ascii", "replace")
     if digest != array_digest(*[arrays[name] for name in sorted(arrays)]):
-        raise ValueError(f"Expected {path} with checksum {digest or '(none)'}; its content has another: it is damaged.")
+        _warn(path, f"its content does not have its checksum {digest or '(none)'}")
+        return None
     return arrays
+
+
+def _warn(path: Path, why: str) -> None:
+    warnings.warn(f"{path} is damaged or missing ({why}): its block is sampled again.", stacklevel=3)
 
 
 def _is_key(leaf) -> bool:

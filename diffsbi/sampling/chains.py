@@ -139,6 +139,11 @@ def ess_bulk(draws: np.ndarray) -> float:
     return float(_arviz().ess(draws, method="bulk"))
 
 
+def rhat(draws: np.ndarray) -> float:
+    """Rank-normalised R̂ of one parameter's `draws (chains, n)`."""
+    return float(_arviz().rhat(draws))
+
+
 def _estimate(draws: np.ndarray) -> Estimate:
     az = _arviz()
     effective = [az.ess(draws, method=method) for method in ("bulk", "tail")]

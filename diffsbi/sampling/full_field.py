@@ -1,13 +1,18 @@
-r"""The full-field posterior: NUTS on the simulator's own joint, in whitened latent coordinates."""
+r"""The full-field posterior: Markov chains on the simulator's own joint, in whitened latent coordinates."""
+
+from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsbi._types import Array, Float, Key, check_finite, check_key
+from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.sampling.chains import Chains
 from diffsbi.sampling.gaussian_field import approximate_posterior
+from diffsbi.sampling.hmc import hmc
+from diffsbi.sampling.mclmc import mclmc
 from diffsbi.sampling.nuts import nuts
 from diffsbi.simulators.base import AbstractSimulator
 from diffsbi.simulators.lensing import LensingMaps
@@ -35,8 +40,23 @@ class FullFieldTarget(eqx.Module):
     def theta(self, position: dict[str, Array]) -> Float[Array, " p"]:
         return self.sim.prior.from_unconstrained(self._unconstrained(position))
 
+    def signal(self, position: dict[str, Array]) -> Array:
+        """The mean of the data given the parameters and latents: for lensing, the noiseless convergence maps."""
+        state = self.sim.setup(self.theta(position))
+        z, _ = self.sim.transport(self.latents).to_latents(state, position["xi"], self.x)
+        return self.sim.likelihood(state, z).mean
+
     def _unconstrained(self, position):
         return self.centre + self.root @ position["v"]
+
+
+SAMPLERS: dict[str, Callable[..., Chains]] = {
+    "hmc": partial(hmc, adapt="v"),
+    "nuts": nuts,
+    "mclmc": mclmc,
+    "mclmc_unadjusted": partial(mclmc, adjusted=False),
+}
+"""The samplers of `full_field_posterior` by name; all but the last are exact."""
 
 
 def full_field_posterior(
@@ -44,52 +64,63 @@ def full_field_posterior(
     x: Array,
     key: Key,
     *,
+    sampler: str = "best",
     latents: str | None = None,
     n_chains: int = 4,
-    n_warmup: int = 150,
-    n_samples: int = 250,
+    n_warmup: int = 200,
+    n_samples: int = 400,
+    maps: bool = False,
     **settings,
 ) -> Chains:
-    r"""Posterior of theta given the data themselves, p(theta | x), by NUTS on p(theta, latents | x).
+    r"""Posterior of theta given the data themselves, p(theta | x), from chains on p(theta, latents | x).
 
-    For lensing maps theta is preconditioned by the Gaussian-field posterior (`approximate_posterior`) and the mass
-    matrix is the identity; for other simulators by the prior's spread, with a dense mass matrix adapted over theta.
-    Chains start overdispersed (twice the preconditioner's width in theta, fresh normal latents), never at the truth.
+    For lensing maps theta is preconditioned by the Gaussian-field posterior (`approximate_posterior`), for other
+    simulators by the prior's spread. Chains start overdispersed (twice the preconditioner's width in theta, or from the
+    prior; fresh latents), never at the truth.
 
     Args:
         sim: Any simulator of the protocol.
         x: The observation, with the shape that the simulator draws.
         key: A typed JAX key; chain c depends on it and c alone.
-        latents: Latent coordinate; "whitened" where the simulator offers it, else "white".
+        sampler: "hmc" (about a standard normal: for whitened latents), "nuts", "mclmc" (Metropolis-adjusted),
+            "mclmc_unadjusted" (biased: see `diffsbi.sampling.mclmc`), or "best", the fastest exact one: "hmc" where the
+            latents are whitened, else "nuts".
+        latents: Latent coordinate; by default the simulator's last, which is its best.
         n_chains: Chains.
         n_warmup: Discarded transitions of each chain.
-        n_samples: Kept draws of each chain.
-        settings: Further settings of `nuts`, such as `folder`, `progress`, `max_tree_depth`.
+        n_samples: Kept draws of each chain; the most, with `until_ess`.
+        maps: Also accumulate posterior mean and standard deviation of the data's noiseless mean (`Chains.tracked`).
+        settings: Further settings of the sampler and of `diffsbi.sampling.runner.sample`: `until_ess`, `folder`, ...
 
     Raises:
-        ValueError: If x is not finite or has another shape than the simulator draws.
+        ValueError: If x is not finite or has another shape than the simulator draws, or a name is unknown.
     """
-    latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
+    latents = latents or list(sim.transports())[-1]
     sim.transport(latents)
+    lensing = isinstance(sim, LensingMaps)
+    sampler = sampler if sampler != "best" else ("nuts" if latents == "white" else "hmc")
+    check_names([sampler], list(SAMPLERS), "sampler")
     x = jnp.asarray(x, jnp.result_type(float))
     _, z_shape, x_shape = eqx.filter_eval_shape(sim.draw_one, jax.random.key(0))
     if x.shape != x_shape.shape:
         raise ValueError(f"Expected an observation with shape {x_shape.shape}; got {x.shape}.")
     check_finite("observation", x)
-    lensing = isinstance(sim, LensingMaps)
     preconditioner = approximate_posterior(sim, x) if lensing else _prior_spread(sim)
     centre, root = (jnp.asarray(a, x.dtype) for a in preconditioner)
     target = FullFieldTarget(sim, x, centre, root, latents)
     key_v, key_xi, key_chain = jax.random.split(check_key(key), 3)
     v = 2.0 * jax.random.normal(key_v, (n_chains, sim.prior.dim)) if lensing else _starts(sim, key_v, n_chains, target)
     init = {"v": v, "xi": _latent_starts(sim, target, v, key_xi, z_shape.shape)}
-    defaults = dict(names=sim.names, step_size=0.1, mass="unit" if lensing else ("v",), max_tree_depth=(6, 8))
-    return nuts(target, init, key_chain, n_warmup, n_samples, extract=target.theta, **(defaults | settings))
+    running = dict(names=sim.names, extract=target.theta, context=dict(latents=latents))
+    running |= dict(track=target.signal) if maps else {}
+    if sampler == "nuts":
+        running |= dict(mass="unit" if lensing else ("v",), max_tree_depth=(6, 8))
+    return SAMPLERS[sampler](target, init, key_chain, n_warmup, n_samples, **(running | settings))
 
 
 def _latent_starts(sim, target: FullFieldTarget, v, key, shape) -> Array:
-    """Prior draws of the latents at each start; standard normal in a whitened coordinate, whose prior that is."""
-    if target.latents == "whitened":
+    """Prior draws of the latents at each start; standard normal in a whitened coordinate, nearly their posterior."""
+    if target.latents != "white":
         return jax.random.normal(key, (len(v), *shape))
     theta = jax.vmap(lambda one: target.theta({"v": one}))(v)
     return jnp.stack(

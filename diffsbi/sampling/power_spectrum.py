@@ -6,12 +6,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
 from diffsbi.bands import Bands, pairs, pixel_area
 from diffsbi.prior import Prior
 from diffsbi.sampling.chains import Chains
 from diffsbi.sampling.nuts import nuts
+from diffsbi.simulators import fields
+from diffsbi.simulators.lensing import LensingMaps
 
 
 class BandPowerLikelihood(eqx.Module):
@@ -20,8 +23,9 @@ class BandPowerLikelihood(eqx.Module):
     $\bar C_b$ is the average of `sim.spectra(theta, ell)` over the modes of band b, through `Bands.quadrature`. Σ is
     that of Gaussian fields at `theta_covariance` (Knox 1995), noise included,
     $\mathrm{cov}(\hat C_b^{ij}, \hat C_b^{kl}) = \langle C^{ik} C^{jl} + C^{il} C^{jk} \rangle_b / N_b$, with $N_b$
-    modes of which each counts beside its conjugate; a given `covariance` replaces it. Σ does not follow theta: that
-    would count the information of the Gaussian field's variance twice (Carron 2013).
+    modes of which each counts beside its conjugate; a given `covariance` replaces it (`band_power_covariance` has that
+    of log-normal maps). Σ does not follow theta: that would count the information of the Gaussian field's variance
+    twice (Carron 2013).
 
     Args:
         sim: With `prior`, `n_bins`, `n_pix`, `side_deg`, `noise` (pixel standard deviation of each bin) and
@@ -45,7 +49,7 @@ class BandPowerLikelihood(eqx.Module):
     weights: Float[Array, "bands order"]
 
     def __init__(self, sim, x, *, n_bands=12, edges=None, theta_covariance=None, covariance=None, order=4):
-        _check_maps(sim, x)
+        check_maps(sim, x)
         self.sim, self.bands = sim, Bands(sim.n_pix, sim.side_deg, n_bands, edges)
         self.data = self.bands(jnp.asarray(x, jnp.result_type(float)))
         nodes, weights = self.bands.quadrature(order)
@@ -77,26 +81,14 @@ class BandPowerLikelihood(eqx.Module):
     def _knox(self, theta) -> np.ndarray:
         """Covariance of the band powers of Gaussian fields, `(n_pairs * n_bands,)` squared, in float64."""
         nodes = np.asarray(jax.jit(lambda t: self._nodes(t))(jnp.asarray(theta, jnp.result_type(float))), float)
-        power = np.zeros((self.sim.n_bins, self.sim.n_bins, *nodes.shape[1:]))
-        first, second = np.array(pairs(self.sim.n_bins)).T
-        power[first, second] = power[second, first] = nodes
-
-        def products(a, b):  # of all pairs p = (i, j) with all pairs q = (k, l), at the nodes
-            return power[a[0][:, None], a[1][None, :]] * power[b[0][:, None], b[1][None, :]]
-
-        both = products((first, first), (second, second)) + products((first, second), (second, first))
-        block = np.sum(both * np.asarray(self.weights, float), -1) / np.asarray(self.bands.mode_counts)
-        n_pairs, n_bands = self.data.shape
-        full = np.zeros((n_pairs, n_bands, n_pairs, n_bands))
-        index = np.arange(n_bands)
-        full[:, index, :, index] = np.moveaxis(block, -1, 0)
-        return full.reshape(n_pairs * n_bands, -1)
+        weights = np.asarray(self.weights, float)
+        return _gaussian_covariance(nodes, lambda c: np.sum(c * weights, -1), self.bands)
 
 
 class _Target(eqx.Module):
     """Log-posterior in $v$, where $u = u_0 + R v$ is the prior's unconstrained space."""
 
-    likelihood: BandPowerLikelihood
+    likelihood: Any  # with `log_prob(theta)`
     prior: Prior
     centre: Float[Array, " p"]
     root: Float[Array, "p p"]
@@ -134,7 +126,7 @@ def power_spectrum_posterior(
         key: A typed JAX key.
         n_bands: Logarithmic multipole bands (or give their `edges`).
         theta_covariance: Where the covariance of the band powers is computed; the fiducial point by default.
-        covariance: That covariance itself.
+        covariance: That covariance itself, for instance from `band_power_covariance`.
         n_chains: Chains.
         n_warmup: Discarded transitions of each chain.
         n_samples: Kept draws of each chain.
@@ -143,12 +135,161 @@ def power_spectrum_posterior(
     likelihood = BandPowerLikelihood(
         sim, x, n_bands=n_bands, edges=edges, theta_covariance=theta_covariance, covariance=covariance
     )
-    key_start, key_chain, key_prior = jax.random.split(check_key(key), 3)
-    centre, root = _whitened(likelihood, sim.prior, key_prior)
-    target = _Target(likelihood, sim.prior, *(jnp.asarray(a, jnp.result_type(float)) for a in (centre, root)))
-    init = 2.0 * jax.random.normal(key_start, (n_chains, sim.prior.dim))
-    defaults = dict(names=sim.prior.names, mass="dense", step_size=0.5, max_tree_depth=7)
+    key_prior, key_sample = jax.random.split(check_key(key))
+    preconditioner = _whitened(likelihood, sim.prior, key_prior)
+    return sample_theta(likelihood, sim.prior, preconditioner, key_sample, n_chains, n_warmup, n_samples, **settings)
+
+
+def sample_theta(
+    likelihood, prior: Prior, preconditioner, key: Key, n_chains: int, n_warmup: int, n_samples: int, **settings
+) -> Chains:
+    """NUTS on prior times `likelihood.log_prob(theta)` in $v$, $u = u_0 + R v$, with `preconditioner` = (u_0, R)."""
+    key_start, key_chain = jax.random.split(check_key(key))
+    target = _Target(likelihood, prior, *(jnp.asarray(a, jnp.result_type(float)) for a in preconditioner))
+    init = 2.0 * jax.random.normal(key_start, (n_chains, prior.dim))
+    defaults = dict(names=prior.names, mass="dense", step_size=0.5, max_tree_depth=7)
     return nuts(target, init, key_chain, n_warmup, n_samples, extract=target.theta, **(defaults | settings))
+
+
+def band_power_covariance(
+    sim: LensingMaps,
+    key: Key,
+    n: int,
+    theta: Float[Array, " p"] | None = None,
+    *,
+    n_bands: int = 12,
+    edges=None,
+    progress: bool = False,
+) -> np.ndarray:
+    r"""Covariance of the band powers of simulated maps, connected (non-Gaussian) part included.
+
+    $\hat\Sigma = \Sigma_t + (S_x - S_t) + B$. Each simulation x has a Gaussian twin t, its linearised map
+    $\lambda_i g_i$ with the same latents and noise; S are the sample covariances of their band powers, and $\Sigma_t$,
+    that of the twins, is known exactly (Knox 1995, mode by mode). The simulations serve only for the difference, whose
+    noise is several times smaller than that of $S_x$: control variates, as CARPool (Chartier & Wandelt 2021).
+    $B = \mathrm{E}[N \Sigma_t^{-1} N]$ with N the noise of $S_x - S_t$, estimated from the scatter between simulations,
+    makes the *inverse* of $\hat\Sigma$ unbiased to first order: what the factor (n − d − 2)/(n − 1) of Hartlap et al.
+    (2007) does for d band powers without twins, so apply no such factor. For Gaussian fields $\hat\Sigma = \Sigma_t$.
+
+    The noise of the inverse that remains widens no error bar (as Sellentin & Heavens 2016 would): at 64², 5 deg, with
+    180 band powers, posterior widths scatter by 2 % for n = 200 and 0.3 % for n = 1000 (Hartlap: 10 % and 2 %).
+
+    Args:
+        sim: The survey.
+        key: A typed JAX key; simulation i depends on it and i alone.
+        n: Number of simulations; about as many as there are band powers, or more.
+        theta: Where they are made; the fiducial point by default.
+        n_bands: Logarithmic multipole bands (or give their `edges`), as in `power_spectrum_posterior`.
+        edges: Multipoles of the band edges.
+        progress: Show a progress bar.
+
+    Returns:
+        `(n_pairs * n_bands,)` squared, pair after pair, noise included: the `covariance` of `BandPowerLikelihood`.
+
+    Raises:
+        TypeError: If `sim` is not `LensingMaps`: other simulators have no known Gaussian twin.
+        ValueError: If n < 2, theta is of the wrong shape or outside the prior's support, or n is too small for a
+            positive definite covariance.
+    """
+    check_key(key)
+    if not isinstance(sim, LensingMaps):
+        raise TypeError(f"Expected a LensingMaps simulator; got {type(sim).__name__}.")
+    if n < 2:
+        raise ValueError(f"Expected n >= 2 simulations; got {n}.")
+    theta = jnp.asarray(sim.fiducial if theta is None else theta, jnp.result_type(float))
+    if theta.shape != (sim.prior.dim,):
+        raise ValueError(f"Expected theta with shape ({sim.prior.dim},); got {theta.shape}.")
+    sim.prior.check(theta)
+    bands = Bands(sim.n_pix, sim.side_deg, n_bands, edges)
+    exact = _twin_covariance(sim, bands, theta)
+    scale = np.sqrt(np.diag(exact))
+    root = scale[:, None] * np.linalg.cholesky(exact / np.outer(scale, scale))
+    x, twin = (np.linalg.solve(root, rows.T).T for rows in _with_twins(sim, bands, key, n, theta, progress))
+    white = np.eye(len(root)) + _unbiased_difference(x - x.mean(0), twin - twin.mean(0))
+    smallest = np.linalg.eigvalsh(white)[0]
+    if not smallest > 0:
+        raise ValueError(f"Expected a positive definite covariance; got eigenvalue {smallest:.2g} with n = {n}.")
+    return root @ white @ root.T
+
+
+def _unbiased_difference(x: np.ndarray, twin: np.ndarray) -> np.ndarray:
+    r"""$D + B$ of centred rows: $D = S_x - S_t$, and $B = \mathrm{E}[N^2]$ from the scatter of $x x^T - t t^T$."""
+    n = len(x)
+    difference = (x.T @ x - twin.T @ twin) / (n - 1)
+    x2, twin2, mixed = np.sum(x**2, 1), np.sum(twin**2, 1), np.sum(x * twin, 1)
+    cross = (x * mixed[:, None]).T @ twin
+    squares = (x * x2[:, None]).T @ x + (twin * twin2[:, None]).T @ twin - cross - cross.T
+    return difference + (squares / n - difference @ difference) / n
+
+
+def _with_twins(sim: LensingMaps, bands: Bands, key, n: int, theta, progress: bool, size: int = 64):
+    """Band powers of simulations and of their Gaussian twins, each `(n, n_pairs * n_bands)` in float64."""
+    size = min(n, size)
+    blocks = []
+    with tqdm(total=n, disable=not progress, desc="covariance", unit="sim") as bar:
+        for start in range(0, n, size):
+            # The last block repeats its last row rather than be compiled anew for a shorter one.
+            rows = _twin_rows(sim, bands, key, theta, jnp.minimum(jnp.arange(start, start + size), n - 1))
+            blocks.append([np.asarray(a, float) for a in rows])
+            bar.update(min(size, n - start))
+    both = [np.concatenate(rows)[:n] for rows in zip(*blocks, strict=True)]
+    check_finite("band powers", both)
+    return both
+
+
+@eqx.filter_jit
+def _twin_rows(sim, bands, key, theta, index):
+    state = sim.setup(theta)
+
+    def row(i):
+        key_z, key_x = jax.random.split(jax.random.fold_in(key, i))
+        z = sim.latents(state).sample(key_z)
+        data = sim.likelihood(state, z)
+        x = data.sample(key_x)
+        g = fields.lower_times(state.factor, fields.unstack(fields.fold(z)))
+        linear = state.response[:, None, None] * fields.hartley(fields.unfold(jnp.stack(g)))
+        return bands(x).ravel(), bands(x - data.mean + linear).ravel()
+
+    return jax.lax.map(row, index)
+
+
+def _twin_covariance(sim: LensingMaps, bands: Bands, theta) -> np.ndarray:
+    """Covariance of the band powers of the Gaussian twins, exact on the modes of the grid, in float64."""
+    state = eqx.filter_jit(sim.setup)(theta)
+    factor = [[np.asarray(a, float) for a in row] for row in state.factor]
+    response, noise = np.asarray(state.response, float), np.asarray(sim.noise, float)
+    rows = np.abs(np.fft.fftfreq(sim.n_pix, 1 / sim.n_pix)).astype(int)  # the quadrant's rows in the half plane's order
+    power = [
+        response[i] * response[j] * sum(a * b for a, b in zip(factor[i], factor[j], strict=False))[rows].ravel()
+        + (noise[i] ** 2 if i == j else 0.0)
+        for i, j in pairs(sim.n_bins)
+    ]
+    weights = np.asarray(bands._multiplicity, float) / np.array(bands.mode_counts)[:, None]
+    return _gaussian_covariance(np.stack(power) * pixel_area(sim.n_pix, sim.side_deg), lambda c: c @ weights.T, bands)
+
+
+def _gaussian_covariance(power: np.ndarray, average, bands: Bands) -> np.ndarray:
+    r"""$\langle C^{ik} C^{jl} + C^{il} C^{jk} \rangle_b / N_b$, `(n_pairs * n_bands,)` squared (Knox 1995).
+
+    Args:
+        power: $C^{ij}$, noise included, `(n_pairs, ...)`.
+        average: `(n_pairs, n_pairs, ...)` → its averages over the bands `(n_pairs, n_pairs, n_bands)`.
+        bands: The bands.
+    """
+    n_pairs, n_bands = len(power), bands.n_bands
+    first, second = np.array(pairs(int(np.sqrt(2 * n_pairs)))).T
+    full_power = np.zeros((second[-1] + 1,) * 2 + power.shape[1:])
+    full_power[first, second] = full_power[second, first] = power
+
+    def products(a, b):  # of all pairs p = (i, j) with all pairs q = (k, l)
+        return full_power[a[0][:, None], a[1][None, :]] * full_power[b[0][:, None], b[1][None, :]]
+
+    both = products((first, first), (second, second)) + products((first, second), (second, first))
+    block = average(both) / np.asarray(bands.mode_counts)
+    full = np.zeros((n_pairs, n_bands, n_pairs, n_bands))
+    index = np.arange(n_bands)
+    full[:, index, :, index] = np.moveaxis(block, -1, 0)
+    return full.reshape(n_pairs * n_bands, -1)
 
 
 def _whitened(likelihood: BandPowerLikelihood, prior: Prior, key, n_steps: int = 30) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +347,8 @@ def _residual_rows(likelihood, prior, u):
     return jax.lax.map(lambda one: likelihood.residual(prior.from_unconstrained(one)), u)
 
 
-def _check_maps(sim, x) -> None:
+def check_maps(sim, x) -> None:
+    """Raise `ValueError` unless `x` is one finite observation of the survey that is not all zero."""
     check_trailing("x", x, (sim.n_bins, sim.n_pix, sim.n_pix))
     if np.ndim(x) != 3:
         raise ValueError(f"Expected one observation, shape {(sim.n_bins, sim.n_pix, sim.n_pix)}; got {np.shape(x)}.")
