@@ -1,6 +1,7 @@
 """Configurations: strict models, read from YAML, with errors that name the line and suggest the right key."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from pydantic import Field
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-__all__ = ["Config", "load_config", "parse_config"]
+__all__ = ["Config", "load_config", "parse_config", "with_table"]
 
 
 class _Section(pydantic.BaseModel):
@@ -194,6 +195,22 @@ def parse_config(
     except pydantic.ValidationError as error:
         mistakes = [_explain(mistake, lines or {}) for mistake in error.errors()]
         raise ValueError(f"{source}: " + "; ".join(mistakes) + ".") from None
+
+
+def with_table(survey: Survey, observation: str | None) -> Survey:
+    """The survey with the path of its shift table: as it is, or beside the observation, or in $DIFFSBI_DATA."""
+    if survey.shift_table is None:
+        return survey
+    folders = [Path(), *([Path(observation).parent] if observation else [])]
+    folders += [Path(os.environ["DIFFSBI_DATA"])] if os.environ.get("DIFFSBI_DATA") else []
+    for folder in folders:
+        if (folder / survey.shift_table).is_file():
+            return survey.model_copy(update={"shift_table": str((folder / survey.shift_table).resolve())})
+    looked = ", ".join(str(folder.resolve()) for folder in folders)
+    raise FileNotFoundError(
+        f"Expected the shift table {survey.shift_table}; it is not in {looked}. Name its folder by DIFFSBI_DATA, or "
+        "give its path: --set survey.shift_table=PATH."
+    )
 
 
 def _is_number(value) -> bool:

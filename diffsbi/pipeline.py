@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from diffsbi import inference, sampling, summaries
 from diffsbi._files import digest, load_npz, write_json, write_npz
 from diffsbi._types import check_names
 from diffsbi.comparison import METHODS, compare_posteriors, prior_bounds, unconverged
-from diffsbi.config import Config, Survey
+from diffsbi.config import Config, with_table
 from diffsbi.flows import FLOWS
 from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
 from diffsbi.runs import Run, start_run
@@ -81,11 +80,14 @@ class Analysis:
 
     def power_spectrum(self) -> None:
         """NUTS on the likelihood of the binned spectra."""
-        self.run.once("power_spectrum", functools.partial(self._power_spectrum, self.observe()))
+        options = {"n_bands": self.config.summaries.n_bands}
+        work = functools.partial(self._baseline, "power_spectrum", sampling.power_spectrum_posterior, options)
+        self.run.once("power_spectrum", functools.partial(work, self.observe()))
 
     def gaussian_field(self) -> None:
         """NUTS on the exact likelihood of a Gaussian field with the same spectra."""
-        self.run.once("gaussian_field", functools.partial(self._gaussian_field, self.observe()))
+        work = functools.partial(self._baseline, "gaussian_field", sampling.gaussian_field_posterior, {})
+        self.run.once("gaussian_field", functools.partial(work, self.observe()))
 
     def full_field(self) -> None:
         """Markov chains on the joint of parameters and latents; goes on where more draws are wanted than there are."""
@@ -233,32 +235,18 @@ class Analysis:
                 f"{store.n}, the first at row {bad[0]}, {where}. Dropping them biases the posterior."
             )
 
-    def _power_spectrum(self, x, folder: Path) -> Mapping:
-        settings = self.config.power_spectrum
-        chains = sampling.power_spectrum_posterior(
+    def _baseline(self, name: str, posterior: Callable, options: Mapping, x, folder: Path) -> Mapping:
+        settings = getattr(self.config, name)
+        chains = posterior(
             self.sim,
             jnp.asarray(x),
-            self.run.key("power_spectrum"),
-            n_bands=self.config.summaries.n_bands,
+            self.run.key(name),
             n_chains=settings.n_chains,
             n_warmup=settings.n_warmup,
             n_samples=settings.n_draws,
             folder=folder / "blocks",
             progress=self.progress,
-        )
-        return _save_chains(chains, folder)
-
-    def _gaussian_field(self, x, folder: Path) -> Mapping:
-        settings = self.config.gaussian_field
-        chains = sampling.gaussian_field_posterior(
-            self.sim,
-            jnp.asarray(x),
-            self.run.key("gaussian_field"),
-            n_chains=settings.n_chains,
-            n_warmup=settings.n_warmup,
-            n_samples=settings.n_draws,
-            folder=folder / "blocks",
-            progress=self.progress,
+            **options,
         )
         return _save_chains(chains, folder)
 
@@ -291,7 +279,7 @@ def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analy
         FileNotFoundError, ValueError: If the observation, the survey or the folder is not as it must be.
     """
     settings = config.observation
-    config = config.model_copy(update={"survey": _with_table(config.survey, settings.file)})
+    config = config.model_copy(update={"survey": with_table(config.survey, settings.file)})
     sim = lsst_y10(**config.survey.model_dump())
     check_names(list(settings.truth), sim.names)
     check_names([name for pair in config.compare.pairs for name in pair], sim.names)
@@ -308,22 +296,6 @@ def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analy
     elif settings.axis_order is not None:
         parse_axis_order(settings.axis_order, ())
     return Analysis(start_run(folder, config.resolved(), STREAMS, free=FREE), config, sim, progress)
-
-
-def _with_table(survey: Survey, observation: str | None) -> Survey:
-    """The survey with the path of its shift table: as it is, or beside the observation, or in $DIFFSBI_DATA."""
-    if survey.shift_table is None:
-        return survey
-    folders = [Path(), *([Path(observation).parent] if observation else [])]
-    folders += [Path(os.environ["DIFFSBI_DATA"])] if os.environ.get("DIFFSBI_DATA") else []
-    for folder in folders:
-        if (folder / survey.shift_table).is_file():
-            return survey.model_copy(update={"shift_table": str((folder / survey.shift_table).resolve())})
-    looked = ", ".join(str(folder.resolve()) for folder in folders)
-    raise FileNotFoundError(
-        f"Expected the shift table {survey.shift_table}; it is not in {looked}. Name its folder by DIFFSBI_DATA, or "
-        "give its path: --set survey.shift_table=PATH."
-    )
 
 
 def _truth(sim, config: Config) -> dict[str, float]:

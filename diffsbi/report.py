@@ -134,8 +134,9 @@ def _data_section(run) -> str:
 
 
 def _reconstruction_section(run, methods) -> str:
-    chains = load_npz(run.path("full_field", "chains.npz")) if "full_field" in methods else {}
-    if "tracked_mean" not in chains:
+    path = run.path("full_field", "chains.npz")
+    chains = load_npz(path) if "full_field" in methods and path.is_file() else {}
+    if "tracked_mean" not in chains:  # full_field.maps = false
         return ""
     x = load_npz(run.path("observation", "observation.npz"))["x"]
     side = run.config["survey"]["side_deg"]

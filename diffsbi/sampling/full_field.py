@@ -85,7 +85,7 @@ def full_field_posterior(
         sampler: "hmc" (about a standard normal: for whitened latents), "nuts", "mclmc" (Metropolis-adjusted),
             "mclmc_unadjusted" (biased: see `diffsbi.sampling.mclmc`), or "best", the fastest exact one: "hmc" where the
             latents are whitened, else "nuts".
-        latents: Latent coordinate; by default the simulator's last, which is its best.
+        latents: Latent coordinate; by default "whitened" where the simulator offers it, else "white".
         n_chains: Chains.
         n_warmup: Discarded transitions of each chain.
         n_samples: Kept draws of each chain; the most, with `until_ess`.
@@ -95,10 +95,10 @@ def full_field_posterior(
     Raises:
         ValueError: If x is not finite or has another shape than the simulator draws, or a name is unknown.
     """
-    latents = latents or list(sim.transports())[-1]
+    latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
     sim.transport(latents)
     lensing = isinstance(sim, LensingMaps)
-    sampler = sampler if sampler != "best" else ("nuts" if latents == "white" else "hmc")
+    sampler = sampler if sampler != "best" else ("hmc" if latents == "whitened" else "nuts")
     check_names([sampler], list(SAMPLERS), "sampler")
     x = jnp.asarray(x, jnp.result_type(float))
     _, z_shape, x_shape = eqx.filter_eval_shape(sim.draw_one, jax.random.key(0))

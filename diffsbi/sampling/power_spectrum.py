@@ -209,7 +209,8 @@ def band_power_covariance(
     smallest = np.linalg.eigvalsh(white)[0]
     if not smallest > 0:
         raise ValueError(f"Expected a positive definite covariance; got eigenvalue {smallest:.2g} with n = {n}.")
-    return root @ white @ root.T
+    covariance = root @ white @ root.T
+    return (covariance + covariance.T) / 2
 
 
 def _unbiased_difference(x: np.ndarray, twin: np.ndarray) -> np.ndarray:

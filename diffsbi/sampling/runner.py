@@ -1,7 +1,6 @@
 """Chains in resumable blocks, for positions too large to be kept: one loop for every sampler."""
 
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -10,12 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Key, check_key
 from diffsbi.sampling.blocks import START, BlockStore, array_digest
-from diffsbi.sampling.chains import Chains, ess_bulk, rhat
+from diffsbi.sampling.chains import Chains
 from diffsbi.sampling.kernels import UNKNOWN, AbstractKernel, select
+from diffsbi.sampling.progress import Report, kept, largest_rhat, smallest_ess
 
 STUCK = 20  # transitions without a move that are no accident
 STORM = 50  # divergent transitions in a row that are no accident
@@ -161,7 +160,7 @@ def sample(
         store = BlockStore(folder, _plain(configuration | {START: start}))
     gradients = sum(int(record["num_steps"].sum()) for _, record in started)
     total = n_chains * (kernel.n_warmup + n_samples)
-    report = _Report(total, n_chains, kernel.n_warmup, gradients, progress, on_block, until_ess)
+    report = Report(total, n_chains, kernel.n_warmup, gradients, progress, on_block, until_ess)
     stop = _Stop(kernel.n_warmup, n_samples, until_ess, max_rhat)
     records, states = _run(program, [state for state, _ in started], groups, stop, store, report)
     n_kept = min(n_samples, sum(r["theta"].shape[1] for r in records[0]) - kernel.n_warmup)
@@ -183,8 +182,8 @@ class _Stop(NamedTuple):
             return True
         if self.until_ess is None or done < self.n_warmup + 10:
             return False
-        theta = _kept(records, self.n_warmup)
-        return _smallest_ess(theta) >= self.until_ess and _largest_rhat(theta) < self.max_rhat
+        theta = kept(records, self.n_warmup)
+        return smallest_ess(theta) >= self.until_ess and largest_rhat(theta) < self.max_rhat
 
 
 class _Blocks:
@@ -194,9 +193,8 @@ class _Blocks:
         self.program, self.store, self.starts = program, store, starts
         self.records: list[list[dict[str, np.ndarray]]] = [[] for _ in starts]
         self.latest: list[_Chain | None] = list(starts)  # None: on disk
-        self.x64 = (
-            jnp.result_type(float) == jnp.float64
-        )  # a context of the calling thread, which threads of a pool do not share
+        # A context of the calling thread, which threads of a pool do not share.
+        self.x64 = jnp.result_type(float) == jnp.float64
 
     def read(self, k: int) -> dict[int, dict[str, np.ndarray]]:
         """Block k of the groups whose file is whole."""
@@ -274,76 +272,6 @@ def _run(program, starts, groups, stop, store, report):
                 report(groups[g], record)
             k += 1
         return blocks.records, [blocks.state(g, k - 1) for g in range(len(groups))]
-
-
-def _kept(groups, n_warmup: int) -> np.ndarray:
-    """Draws after warm-up of all chains, `(chains, draws, p)`."""
-    chains = [np.concatenate([r["theta"] for r in rows], 1) for rows in groups]
-    return np.concatenate(chains)[:, n_warmup:].astype(float)
-
-
-def _smallest_ess(theta: np.ndarray) -> float:
-    return min(ess_bulk(theta[..., i]) for i in range(theta.shape[-1]))
-
-
-def _largest_rhat(theta: np.ndarray) -> float:
-    return max(rhat(theta[..., i]) for i in range(theta.shape[-1]))
-
-
-class _Report:
-    """The progress bar, and the account that `on_block` gets."""
-
-    def __init__(self, total: int, n_chains: int, n_warmup: int, gradients: int, progress: bool, on_block, until_ess):
-        self.bar = tqdm(total=total, disable=not progress, desc="sample", unit="draw")
-        self.on_block, self.n_warmup, self.until_ess = on_block, n_warmup, until_ess
-        self.draws: list[list[np.ndarray]] = [[] for _ in range(n_chains)]
-        self.account = dict(gradients=gradients, divergences=0)
-        self.spent = 0
-        self.began = time.monotonic()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def __call__(self, group, record, resumed=False):
-        for c, chain in enumerate(group):
-            self.draws[chain].append(record["theta"][c])
-        gradients = int(record["num_steps"].sum())
-        self.spent += 0 if resumed else gradients
-        self.account["gradients"] += gradients
-        self.account["step_size"] = float(record["step_size"][:, -1].mean())
-        self.account["divergences"] += int(record["diverging"].sum())
-        self.bar.update(record["theta"][..., 0].size)
-        done = [sum(map(len, chain)) for chain in self.draws]
-        if not self.bar.disable and not resumed and min(done) == max(done):
-            self.bar.set_postfix(self.account | self._convergence(min(done)))
-        if self.on_block is not None and not resumed:
-            self.on_block(dict(self.account, chains=list(group), done=done, effective=lambda: self._effective(done)))
-
-    def _kept(self, done: int) -> np.ndarray | None:
-        if done < self.n_warmup + 10:
-            return None
-        return np.stack([np.concatenate(chain)[self.n_warmup : done] for chain in self.draws]).astype(float)
-
-    def _effective(self, done) -> float | None:
-        """Smallest bulk effective sample size over the parameters so far, None before there are ten draws."""
-        theta = self._kept(min(done))
-        return None if theta is None else _smallest_ess(theta)
-
-    def _convergence(self, done: int) -> dict[str, Any]:
-        theta = self._kept(done)
-        if theta is None:
-            return {}
-        effective = _smallest_ess(theta)
-        shown = dict(ess=round(effective), rhat=f"{_largest_rhat(theta):.3f}")
-        if self.until_ess is None or not self.spent:
-            return shown
-        # Gradients per effective sample so far, times what is missing, at the pace of this process.
-        pace = (time.monotonic() - self.began) / self.spent
-        missing = max(self.until_ess / effective - 1, 0) * self.account["gradients"] * theta.shape[1] / done
-        return shown | dict(left=tqdm.format_interval(missing * pace))
 
 
 def _collect(records, states, names, n_warmup, n_samples, gradients, account, tracked) -> Chains:

@@ -1,6 +1,7 @@
 """Simulators with a differentiable joint: lensing maps, and toys with known answers."""
 
 from diffsbi.simulators.base import AbstractSimulator, AbstractTransport, Draws, Identity
+from diffsbi.simulators.laplace import Laplace
 from diffsbi.simulators.lensing import LensingMaps, lsst_y10
 from diffsbi.simulators.linear_gaussian import linear_gaussian
 from diffsbi.simulators.lotka_volterra import lotka_volterra
@@ -11,6 +12,7 @@ __all__ = [
     "AbstractTransport",
     "Draws",
     "Identity",
+    "Laplace",
     "LensingMaps",
     "linear_gaussian",
     "lotka_volterra",

@@ -10,7 +10,8 @@ from numpyro.distributions import Distribution, LogNormal, Normal
 
 from diffsbi._types import Array, Float
 from diffsbi.prior import Prior
-from diffsbi.simulators.base import AbstractSimulator
+from diffsbi.simulators.base import AbstractSimulator, Identity
+from diffsbi.simulators.laplace import Laplace
 
 # Float32 cannot hold e^-88; a population that small is held at this level, so that data stay positive.
 _LOG_FLOOR = -80.0
@@ -53,6 +54,9 @@ class LotkaVolterra(AbstractSimulator):
 
     def likelihood(self, theta: Float[Array, " 4"], z: Array) -> Distribution:
         return LogNormal(self.log_populations(theta, z).T.reshape(-1), self.noise).to_event(1)
+
+    def transports(self):
+        return {"white": Identity(), "laplace": Laplace(self)}
 
     def log_populations(self, theta: Float[Array, " 4"], z: Float[Array, " 2"]) -> Float[Array, "10 2"]:
         """(log u, log v) at the observation times, noise-free."""
