@@ -22,9 +22,7 @@ OutFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/
 RunFolder = Annotated[Path, typer.Option("--out", help="Run folder.")]
 MapFile = Annotated[Path | None, typer.Option("--observation", help="Observed map, a .npy file.")]
 AxisOrder = Annotated[str | None, typer.Option(help="Its axes, such as row,column,bin or bin,row,column.")]
-Sampler = Annotated[
-    str | None, typer.Option(help="best (the fastest exact one), hmc, nuts, mclmc, or mclmc_unadjusted (biased).")
-]
+Sampler = Annotated[str | None, typer.Option(help="best (the fastest), hmc, nuts or mclmc: all exact.")]
 UntilEss = Annotated[
     float | None, typer.Option(help="Stop at this effective sample size in every parameter (and a small R-hat).")
 ]
@@ -127,10 +125,11 @@ def hmc(
     quiet: Quiet = False,
 ) -> None:
     """Full-field posterior, of a new run or (with --out and no --config) of the run that is there."""
+    begun = out is not None and (out / "manifest.json").is_file() and config is None and observation is None
+    there = begun or (out is not None and not any((config, observation, axis_order, seed, settings)))
     chosen = [f"full_field.sampler={sampler}"] * (sampler is not None)
     chosen += [f"full_field.until_ess={until_ess}"] * (until_ess is not None)
     settings = [*(settings or []), *chosen]
-    there = out is not None and (out / "manifest.json").is_file() and config is None and observation is None
     analysis = _begin(config, out, observation, axis_order, seed, settings, quiet, there=there)
     _work(analysis, ["observe", *["power_spectrum", "gaussian_field"] * baselines, "full_field"])
     _conclude(analysis)

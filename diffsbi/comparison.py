@@ -16,7 +16,9 @@ METHODS = {
 }
 REFERENCE = "full_field"
 
-__all__ = ["METHODS", "REFERENCE", "compare_posteriors", "prior_bounds", "unconverged"]
+__all__ = [
+    "METHODS", "REFERENCE", "compare_posteriors", "dropped", "outside_training", "prior_bounds", "unconverged",
+]  # fmt: skip
 
 
 def compare_posteriors(
@@ -70,7 +72,27 @@ def unconverged(accounts: Mapping[str, Mapping], max_rhat: float) -> list[str]:
                 found.append(f"{title}: not converged; R-hat of {name} is {rhat:.3f}, expected below {max_rhat:g}.")
         if account.get("divergences"):
             found.append(f"{title}: {account['divergences']} divergent trajectories.")
+        if account.get("cut_short"):
+            found.append(
+                f"{title}: {account['cut_short']} trajectories were cut short at the sampler's limit of steps."
+            )
     return found
+
+
+def dropped(n: int) -> list[str]:
+    """A warning if simulations were left out of the training."""
+    return [f"{n} non-finite simulations were dropped from the training: the posterior may be biased."] * (n > 0)
+
+
+def outside_training(names, observed, t) -> list[str]:
+    """A warning for every observed summary beyond those of the training simulations."""
+    low, high = t.min(0), t.max(0)
+    return [
+        f"summary of {name}: the observed {value:.4g} lies outside the simulated range [{a:.4g}, {b:.4g}]; "
+        "the neural posterior extrapolates there."
+        for name, value, a, b in zip(names, observed, low, high, strict=True)
+        if not a <= value <= b
+    ]
 
 
 def prior_bounds(prior: Prior) -> dict[str, list[float | None]]:

@@ -97,7 +97,13 @@ class Flow(_Section):
 
 
 class PowerSpectrum(_Section):
-    """NUTS on the Gaussian likelihood of the binned spectra."""
+    """NUTS on the Gaussian likelihood of the binned spectra.
+
+    Their covariance is that of a Gaussian field, or with the log-normal field's connected part from `n_covariance`
+    simulations at the fiducial parameters.
+    """
+
+    n_covariance: Annotated[int, Field(ge=0)] = 0
 
     n_chains: Count = 4
     n_warmup: Count = 300

@@ -13,7 +13,7 @@ import numpy as np
 from diffsbi import inference, sampling, summaries
 from diffsbi._files import digest, load_npz, write_json, write_npz
 from diffsbi._types import check_names
-from diffsbi.comparison import METHODS, compare_posteriors, prior_bounds, unconverged
+from diffsbi.comparison import METHODS, compare_posteriors, dropped, outside_training, prior_bounds, unconverged
 from diffsbi.config import Config, with_table
 from diffsbi.flows import FLOWS
 from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
@@ -80,9 +80,7 @@ class Analysis:
 
     def power_spectrum(self) -> None:
         """NUTS on the likelihood of the binned spectra."""
-        options = {"n_bands": self.config.summaries.n_bands}
-        work = functools.partial(self._baseline, "power_spectrum", sampling.power_spectrum_posterior, options)
-        self.run.once("power_spectrum", functools.partial(work, self.observe()))
+        self.run.once("power_spectrum", functools.partial(self._power_spectrum, self.observe()))
 
     def gaussian_field(self) -> None:
         """NUTS on the exact likelihood of a Gaussian field with the same spectra."""
@@ -222,7 +220,7 @@ class Analysis:
             "scores_left_out": posterior.config["scores_left_out"],
             "steps": sum(history.steps for history in posterior.histories),
             "stop_reasons": [history.stop_reason for history in posterior.histories],
-            "warnings": _dropped(len(bad)) + _outside_training(self.sim.names, np.asarray(observed), np.asarray(t)),
+            "warnings": dropped(len(bad)) + outside_training(self.sim.names, np.asarray(observed), np.asarray(t)),
         }
 
     def _check_finite(self, store: SimulationStore) -> None:
@@ -234,6 +232,16 @@ class Analysis:
                 f"Expected at most {allowed} non-finite simulations (simulations.max_nonfinite); got {len(bad)} of "
                 f"{store.n}, the first at row {bad[0]}, {where}. Dropping them biases the posterior."
             )
+
+    def _power_spectrum(self, x, folder: Path) -> Mapping:
+        n, options = self.config.power_spectrum.n_covariance, {"n_bands": self.config.summaries.n_bands}
+        key_covariance, _ = jax.random.split(self.run.key("power_spectrum"))
+        if n:
+            settings = options | {"progress": self.progress}
+            covariance = functools.partial(sampling.band_power_covariance, self.sim, key_covariance, n, **settings)
+            options |= {"covariance": _keep_batch(folder, "covariance", lambda: np.asarray(covariance()))}
+        account = self._baseline("power_spectrum", sampling.power_spectrum_posterior, options, x, folder)
+        return dict(account, simulations=n)
 
     def _baseline(self, name: str, posterior: Callable, options: Mapping, x, folder: Path) -> Mapping:
         settings = getattr(self.config, name)
@@ -286,7 +294,7 @@ def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analy
     check_names([config.flow.density], list(FLOWS), "density")
     for section in (config.simulations, config.full_field):
         sim.transport(section.latents)
-    check_names([config.full_field.sampler], ["best", *sampling.SAMPLERS], "sampler")
+    check_names([config.full_field.sampler], ["best", *sampling.EXACT], "sampler")
     sim.prior.check([_truth(sim, config)[name] for name in sim.names])
     if settings.file is not None:
         read_map(settings.file, settings.axis_order, config.survey.n_bins, config.survey.n_pix)
@@ -344,20 +352,6 @@ def _curve(history) -> dict:
     }
 
 
-def _dropped(n: int) -> list[str]:
-    return [f"{n} non-finite simulations were dropped from the training: the posterior may be biased."] * (n > 0)
-
-
-def _outside_training(names, observed, t) -> list[str]:
-    low, high = t.min(0), t.max(0)
-    return [
-        f"summary of {name}: the observed {value:.4g} lies outside the simulated range [{a:.4g}, {b:.4g}]; "
-        "the neural posterior extrapolates there."
-        for name, value, a, b in zip(names, observed, low, high, strict=True)
-        if not a <= value <= b
-    ]
-
-
 def _keep_batch(folder: Path, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
     """Rows of a batch: from its file if an interrupted attempt left it, else computed and written, whole or not."""
     path = folder / f"{name}.npz"
@@ -381,6 +375,7 @@ def _save_chains(chains, folder: Path) -> Mapping:
         "chains": chains.n_chains,
         "draws": chains.n_draws,
         "sampler": chains.settings["sampler"],
+        "cut_short": chains.n_cut_short,
     }
 
 

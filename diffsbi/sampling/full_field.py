@@ -14,6 +14,7 @@ from diffsbi.sampling.gaussian_field import approximate_posterior
 from diffsbi.sampling.hmc import hmc
 from diffsbi.sampling.mclmc import mclmc
 from diffsbi.sampling.nuts import nuts
+from diffsbi.sampling.runner import BadStart
 from diffsbi.simulators.base import AbstractSimulator
 from diffsbi.simulators.lensing import LensingMaps
 
@@ -56,7 +57,11 @@ SAMPLERS: dict[str, Callable[..., Chains]] = {
     "mclmc": mclmc,
     "mclmc_unadjusted": partial(mclmc, adjusted=False),
 }
-"""The samplers of `full_field_posterior` by name; all but the last are exact."""
+"""The samplers of `full_field_posterior` by name."""
+
+EXACT = ("hmc", "nuts", "mclmc")
+
+MOVES = 20  # of starting points without a finite density, before giving up
 
 
 def full_field_posterior(
@@ -110,12 +115,17 @@ def full_field_posterior(
     target = FullFieldTarget(sim, x, centre, root, latents)
     key_v, key_xi, key_chain = jax.random.split(check_key(key), 3)
     v = 2.0 * jax.random.normal(key_v, (n_chains, sim.prior.dim)) if lensing else _starts(sim, key_v, n_chains, target)
-    init = {"v": v, "xi": _latent_starts(sim, target, v, key_xi, z_shape.shape)}
     running = dict(names=sim.names, extract=target.theta, context=dict(latents=latents))
     running |= dict(track=target.signal) if maps else {}
     if sampler == "nuts":
         running |= dict(mass="unit" if lensing else ("v",), max_tree_depth=(6, 8))
-    return SAMPLERS[sampler](target, init, key_chain, n_warmup, n_samples, **(running | settings))
+    for _ in range(MOVES):
+        init = {"v": v, "xi": _latent_starts(sim, target, v, key_xi, z_shape.shape)}
+        try:
+            return SAMPLERS[sampler](target, init, key_chain, n_warmup, n_samples, **(running | settings))
+        except BadStart as bad:  # far out the spectra may not be finite: half way to the centre
+            v, last = v.at[bad.chain].multiply(0.5), bad
+    raise last
 
 
 def _latent_starts(sim, target: FullFieldTarget, v, key, shape) -> Array:

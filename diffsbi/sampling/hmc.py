@@ -102,7 +102,8 @@ class HMCKernel(AbstractKernel):
 
     def account(self):
         names = ("n_warmup", "adapt", "trajectory", "target_accept", "step_size", "integrator", "max_steps")
-        return dict({name: getattr(self, name) for name in names}, sampler="hmc")
+        most = self.max_steps * INTEGRATORS[self.integrator][1]
+        return dict({name: getattr(self, name) for name in names}, sampler="hmc", max_gradients=most)
 
     def start(self, position, key):
         if self.adapt is not None and not (isinstance(position, dict) and jnp.ndim(position.get(self.adapt, 0.0)) == 1):

@@ -20,6 +20,14 @@ STUCK = 20  # transitions without a move that are no accident
 STORM = 50  # divergent transitions in a row that are no accident
 
 
+class BadStart(ValueError):
+    """A chain's starting point has no finite log-density and gradient."""
+
+    def __init__(self, chain: int):
+        super().__init__(f"Expected a finite log-density and gradient at the starting point of chain {chain}.")
+        self.chain = chain
+
+
 class _Chain(NamedTuple):
     """One chain between two transitions: the kernel's state, kept transitions, running moments of what is tracked."""
 
@@ -50,7 +58,7 @@ class _Program(eqx.Module):
         state, record = self.advance(state, 1)
         for c, chain in enumerate(chains):
             if record["diverging"][c, 0] or not UNKNOWN / 2 < record["log_density"][c, 0] < np.inf:
-                raise ValueError(f"Expected a finite log-density and gradient at the starting point of chain {chain}.")
+                raise BadStart(chain)
         return state, record
 
     def advance(self, state: _Chain, n: int) -> tuple[_Chain, dict[str, np.ndarray]]:
