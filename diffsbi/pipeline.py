@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -234,7 +235,8 @@ class Analysis:
             )
 
     def _power_spectrum(self, x, folder: Path) -> Mapping:
-        n, options = self.config.power_spectrum.n_covariance, {"n_bands": self.config.summaries.n_bands}
+        n = self.config.power_spectrum.n_covariance
+        options: dict[str, Any] = {"n_bands": self.config.summaries.n_bands}
         key_covariance, _ = jax.random.split(self.run.key("power_spectrum"))
         if n:
             settings = options | {"progress": self.progress}
