@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffsbi import pipeline
-from diffsbi._files import digest
+from diffsbi._files import digest, load_npz
 from diffsbi.bands import pixel_area
 from diffsbi.cli import app
 from diffsbi.config import load_config
@@ -267,6 +267,21 @@ def test_bad_surveys_are_refused_by_the_real_simulator(tmp_path, settings, messa
     words = ["--set", "survey.n_pix=8", "--set", settings]
     refused(call("demo", "--out", tmp_path / "run", *words), message)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_full_field_goes_on_where_more_is_wanted(toy, tmp_path):
+    out = tmp_path / "run"
+    first = call("hmc", "--config", toy, "--out", out, "--quiet")
+    assert first.exit_code == 0, first.output
+    before = load_npz(out / "full_field" / "samples.npz")["theta"]
+    assert call("hmc", "--out", out, "--quiet").exit_code == 0
+    assert before.shape == load_npz(out / "full_field" / "samples.npz")["theta"].shape == (2, 40, 2)
+    assert call("hmc", "--out", out, "--set", "full_field.n_draws=60", "--quiet").exit_code == 0
+    after = load_npz(out / "full_field" / "samples.npz")["theta"]
+    assert after.shape == (2, 60, 2)
+    np.testing.assert_array_equal(after[:, :40], before)
+    refused(call("hmc", "--out", out, "--sampler", "nuts"), "another configuration", "full_field.sampler")
+    refused(call("hmc", "--config", toy, "--out", tmp_path / "new", "--sampler", "gibbs"), "Unknown sampler", "gibbs")
 
 
 def test_commands_on_folders_that_are_no_runs(tmp_path):

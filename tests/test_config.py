@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffsbi.config import Config, load_config, parse_config
+from diffsbi.config import Config, load_config, parse_config, with_table
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
 
@@ -72,3 +72,17 @@ def test_overrides_replace_and_are_checked(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_shift_table_is_found_beside_the_observation_or_in_the_data_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("DIFFSBI_DATA", raising=False)
+    survey = parse_config({"survey": {"shift": "published", "shift_table": "table.npy"}}).survey
+    with pytest.raises(FileNotFoundError, match="shift table table.npy; it is not in .*DIFFSBI_DATA"):
+        with_table(survey, None)
+    (tmp_path / "table.npy").write_bytes(b"")
+    found = str(tmp_path / "table.npy")
+    assert with_table(survey, str(tmp_path / "map.npy")).shift_table == found
+    monkeypatch.setenv("DIFFSBI_DATA", str(tmp_path))
+    assert with_table(survey, None).shift_table == found
+    plain = parse_config({}).survey
+    assert with_table(plain, None) is plain

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 
 import diffsbi as ds
@@ -79,3 +80,49 @@ def test_the_demo_survey_converges_and_covers_its_truth():
         assert row.rhat < 1.01 and row.ess_bulk > 400
         assert abs(row.mean - float(value)) < 3 * row.sd
     assert max(chains.gradients_per_effective_sample().values()) < 120
+
+
+class Cliff(ds.AbstractSimulator):
+    """No density where theta > 0.3, as spectra far out in a prior."""
+
+    prior: ds.Prior = ds.Prior({"a": dist.Normal(0.0, 1.0)})
+
+    def latents(self, theta):
+        return dist.Normal(jnp.zeros(2), 1.0).to_event(1)
+
+    def likelihood(self, theta, z):
+        return dist.Normal(jnp.where(theta[0] > 0.3, jnp.nan, theta[0]) + z, 0.5).to_event(1)
+
+
+def test_starts_without_a_density_move_inwards(x64):
+    settings = dict(n_chains=8, n_warmup=20, n_samples=10)
+    chains = ds.full_field_posterior(Cliff(), jnp.array([-0.5, -0.4]), jax.random.key(0), **settings)
+    start = Cliff().prior.sample(jax.random.key(0), (4000,))
+    assert (start > 0.3).mean() > 0.3  # so some of eight starts are bad
+    assert chains.theta.max() <= 0.3 and chains.theta.shape == (8, 10, 1)
+
+
+def test_the_signal_is_the_noiseless_map_and_its_moments_are_kept(x64):
+    sim = ds.linear_gaussian()
+    x = sim.draw(jax.random.key(1), 1).x[0]
+    chains = ds.full_field_posterior(sim, x, jax.random.key(2), maps=True, n_samples=1000)
+    mean, covariance = map(np.asarray, sim.posterior(x))
+    # E[x | theta, z] has the posterior mean of A theta + B z: data minus noise, N(0, Sigma + A S A^T) conditioned on x.
+    prior = np.diag(np.asarray(sim.scale) ** 2)
+    signal = np.asarray(sim.design @ prior @ sim.design.T + sim.mixing @ sim.mixing.T)
+    gain = signal @ np.linalg.inv(signal + sim.noise**2 * np.eye(len(x)))
+    centre = np.asarray(sim.design @ sim.loc)
+    expected, spread = centre + gain @ (np.asarray(x) - centre), np.sqrt(np.diag(signal - gain @ signal))
+    error = spread / np.sqrt(min(row.ess_bulk for row in chains.summary().values()))
+    assert np.all(np.abs(chains.tracked[0] - expected) < 4.5 * error)
+    assert np.all(np.abs(chains.tracked[1] / spread - 1) < 4.5 / np.sqrt(2 * 500))
+
+
+def test_trajectories_at_the_samplers_limit_are_counted(x64):
+    sim = ds.linear_gaussian()
+    x = sim.draw(jax.random.key(1), 1).x[0]
+    run = dict(n_warmup=20, n_samples=50, n_chains=2)
+    for settings in (dict(sampler="nuts", max_tree_depth=1), dict(sampler="hmc", latents="whitened", max_steps=1)):
+        chains = ds.full_field_posterior(sim, x, jax.random.key(2), **run, **settings)
+        assert chains.n_cut_short == 100
+    assert ds.full_field_posterior(sim, x, jax.random.key(2), **run).n_cut_short == 0
