@@ -15,7 +15,7 @@ from diffsbi import inference, sampling, summaries
 from diffsbi._files import digest, load_npz, write_json, write_npz
 from diffsbi._types import check_names
 from diffsbi.comparison import METHODS, compare_posteriors, dropped, outside_training, prior_bounds, unconverged
-from diffsbi.config import Config, with_table
+from diffsbi.config import Config, parse_config, with_table
 from diffsbi.flows import FLOWS
 from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
 from diffsbi.runs import Run, start_run
@@ -305,7 +305,11 @@ def begin(config: Config, folder: str | Path, *, progress: bool = True) -> Analy
         config = config.model_copy(update={"observation": observation})
     elif settings.axis_order is not None:
         parse_axis_order(settings.axis_order, ())
-    return Analysis(start_run(folder, config.resolved(), STREAMS, free=FREE), config, sim, progress)
+    return Analysis(start_run(folder, config.resolved(), STREAMS, FREE, _complete), config, sim, progress)
+
+
+def _complete(config: Mapping) -> Mapping:
+    return parse_config(dict(config)).resolved()
 
 
 def _truth(sim, config: Config) -> dict[str, float]:

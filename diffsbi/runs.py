@@ -109,7 +109,13 @@ class Run:
         write_json(self.folder / "manifest.json", manifest)
 
 
-def start_run(folder: str | Path, config: Mapping, streams: tuple[str, ...], free: tuple[str, ...] = ()) -> Run:
+def start_run(
+    folder: str | Path,
+    config: Mapping,
+    streams: tuple[str, ...],
+    free: tuple[str, ...] = (),
+    complete: Callable[[Mapping], Mapping] = dict,
+) -> Run:
     """Open the run folder of `config`, new or begun before.
 
     Args:
@@ -117,6 +123,7 @@ def start_run(folder: str | Path, config: Mapping, streams: tuple[str, ...], fre
         config: The resolved configuration, as JSON values, with its `seed`.
         streams: Names of the random streams; the position of a name decides its key.
         free: Dotted keys of settings (or sections) that may change in a begun run; `config.yaml` follows.
+        complete: Puts defaults where a begun run's configuration, of an older version, has no value.
 
     Raises:
         ValueError: If the folder holds a run of another configuration (the message says what differs) or
@@ -125,14 +132,17 @@ def start_run(folder: str | Path, config: Mapping, streams: tuple[str, ...], fre
     """
     folder = Path(folder)
     if (folder / "manifest.json").exists():
-        found = differences(dict(open_run(folder).config), dict(config))
+        found = differences(dict(complete(open_run(folder).config)), dict(config))
         fixed = [line for line in found if not any(f"{line}.".startswith((f"{key}.", f"{key}:")) for key in free)]
         if fixed:
             there = "; ".join(fixed)
             raise ValueError(f"{folder} holds a run of another configuration ({there}). Choose another --out.")
         if found:
             write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        return open_run(folder)
+        run = open_run(folder)
+        # New streams come last, so that the keys of the old ones stay.
+        newer = tuple(streams)[: len(run.streams)] == run.streams
+        return dataclasses.replace(run, streams=tuple(streams)) if newer else run
     if folder.is_file() or (folder.exists() and any(p.name not in _FIRST_FILES for p in folder.iterdir())):
         raise ValueError(
             f"Expected {folder} to be a new folder or a run; it holds something else. Choose another --out."

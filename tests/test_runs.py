@@ -134,3 +134,15 @@ def test_a_full_disk_is_explained(tmp_path):
     with pytest.raises(OSError, match="while writing stage 'simulate'"):
         run.once("simulate", full)
     assert not run.finished("simulate")
+
+
+def test_a_setting_that_a_run_of_an_older_version_lacks_has_its_default(tmp_path):
+    start_run(tmp_path / "run", {"seed": 1}, ("a",))
+
+    def complete(config):
+        return {"members": 4} | dict(config)
+
+    run = start_run(tmp_path / "run", {"seed": 1, "members": 4}, ("a", "b"), (), complete)
+    assert run.config == {"seed": 1} and jax.random.key_data(run.key("b")).shape == (2,)
+    with pytest.raises(ValueError, match="members: 4 there, 5 here"):
+        start_run(tmp_path / "run", {"seed": 1, "members": 5}, ("a",), (), complete)
