@@ -128,8 +128,8 @@ def print_table(rows: list[dict], exponent: float) -> None:
     print(f"\n{'':34}{'map':>6}{'grad/ESS':>10}{'ESS':>7}{'R-hat':>7}{'s/ESS':>8}   worst shift, width vs reference")
     print(f"{'NUTS, white, started at the truth*':34}{'256²':>6}{max(PUBLISHED.values()):10.0f}")
     for row in rows:
-        against = ""
-        if "shift" in row:
+        against = "   not converged" if row["rhat"] > 1.05 else ""
+        if "shift" in row and not against:
             against = f"   {row['shift']:+.2f} ± {row['shift_error']:.2f} σ ({row['shift_of']}), "
             against += f"{row['width']:.2f} ± {row['width_error']:.2f}"
         size, cost = f"{row['n_pix']}²", max(row["cost"].values())

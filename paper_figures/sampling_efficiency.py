@@ -13,7 +13,8 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
     costs = read_json(runs / "sampling" / "costs.json")
     sizes = [row["n_pix"] for row in costs["rows"]]
     shown = max(size for size in sizes if sizes.count(size) > 1)
-    bars = {row["name"]: row["cost"] for row in costs["rows"] if row["n_pix"] == shown}
+    rows = [row for row in costs["rows"] if row["n_pix"] == shown]
+    bars = {row["name"] + "\n(not converged)" * (row["rhat"] > 1.05): row["cost"] for row in rows}
     bars |= {"published (NUTS, white), 256²": costs["published"]}
     figures = {"sampling_efficiency": plotting.efficiency(bars, title=f"{shown}² × 5 map; worst parameter in figures")}
     curve = sorted(
