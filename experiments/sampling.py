@@ -63,13 +63,16 @@ def main(cfg: Config, out: Path) -> None:
     rows = [measure(cfg, n_pix, name, out) for n_pix in cfg.variants_at for name in cfg.variants]
     rows += [measure(cfg, n_pix, REFERENCE, out) for n_pix in cfg.sizes if n_pix not in cfg.variants_at]
     amplitude, exponent = fit(rows, cfg.sizes)
-    write_json(out / "costs.json", dict(rows=rows, published=PUBLISHED, amplitude=amplitude, exponent=exponent))
+    write_json(
+        out / "costs.json",
+        dict(rows=rows, reference=REFERENCE, published=PUBLISHED, amplitude=amplitude, exponent=exponent),
+    )
     print_table(rows, exponent)
 
 
 def measure(cfg: Config, n_pix: int, name: str, out: Path) -> dict:
     """One sampler on one simulated map, from its folder if it was done."""
-    folder = out / f"{n_pix}_{name.replace(', ', '_').replace(' ', '_')}"
+    folder = _folder(out, n_pix, name)
     if not (folder / "row.json").exists():
         sim = ds.lsst_y10(n_pix=n_pix, side_deg=n_pix * 10 / 256)
         key = jax.random.fold_in(jax.random.key(cfg.seed), n_pix)
@@ -84,8 +87,12 @@ def measure(cfg: Config, n_pix: int, name: str, out: Path) -> dict:
         row = dict(account(chains), name=name, n_pix=n_pix, seconds=time.monotonic() - start)
         write_json(folder / "row.json", row)
     row = read_json(folder / "row.json")
-    reference = out / f"{n_pix}_{REFERENCE.replace(', ', '_').replace(' ', '_')}"
+    reference = _folder(out, n_pix, REFERENCE)
     return row | (bias(load_chains(folder), load_chains(reference)) if name != REFERENCE else {})
+
+
+def _folder(out: Path, n_pix: int, name: str) -> Path:
+    return out / f"{n_pix}_{name.replace(', ', '_').replace(' ', '_')}"
 
 
 def account(chains: Chains) -> dict:

@@ -1,12 +1,24 @@
 """One file per figure: load run folders, plot, never compute; run as `-m paper_figures.NAME`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from diffsbi import plotting
+from diffsbi._files import load_npz, read_json
+from diffsbi.runs import open_run
 
 __all__ = ["command_line"]
+
+
+def posterior_contours(folder: Path, titles: Mapping[str, str]) -> plotting.Figure:
+    """Contours of those posteriors of a run that are there, the first one filled, with the truth where it is known."""
+    run = open_run(folder)
+    comparison = read_json(folder / "comparison.json")
+    samples = {m: load_npz(run.path(m, "samples.npz"))["theta"] for m in titles if m in comparison["methods"]}
+    flat = {m: theta.reshape(-1, theta.shape[-1]) for m, theta in samples.items()}
+    truth, bounds = run.account("observation")["truth"], comparison["bounds"]
+    return plotting.contours(flat, comparison["names"], truth=truth, titles=titles, bounds=bounds)
 
 
 Figures = plotting.Figure | dict[str, plotting.Figure] | None

@@ -15,7 +15,7 @@ START = "log_density_at_start"
 
 
 class BlockStore:
-    """`sampler.json` (the configuration) and, for each group of chains, its blocks and the state after the last.
+    """`sampler.json` (the configuration) and, for each group of chains, its blocks and the state after each.
 
     The state of a block is written before the block: whenever the run is killed, every whole block has its state. All
     states stay, so that a block whose file is damaged later can be sampled again from the state before it.

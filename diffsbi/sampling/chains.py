@@ -82,8 +82,6 @@ class Chains(eqx.Module):
     @property
     def n_cut_short(self) -> int:
         """Kept trajectories that ended at the sampler's limit: NUTS's tree depth, HMC's number of steps."""
-        if "max_tree_depth" in self.settings:
-            return int((self.num_steps >= 2 ** self.settings["max_tree_depth"][1] - 1).sum())
         return int((self.num_steps >= self.settings.get("max_gradients", np.inf)).sum())
 
     @property

@@ -131,13 +131,13 @@ class HMCKernel(AbstractKernel):
         density = eqx.Partial(self._inner_density, state.frame)
         kernel = blackjax_hmc.build_kernel(integrator)
         unit = jnp.ones(size(state.hmc.position), jnp.result_type(float))
-        state_before = state.hmc
-        new, info = kernel(key_hmc, state_before, density, step_size, unit, steps)
-        state = _State(new, key, state.i + 1, state.step_size, state.dual, state.frame, state.spread)
+        before = state.hmc.logdensity
+        new, info = kernel(key_hmc, state.hmc, density, step_size, unit, steps)
+        state = state._replace(hmc=new, key=key, i=state.i + 1)
         adapted = self._adapt(state, jnp.where(jnp.isfinite(info.acceptance_rate), info.acceptance_rate, 0.0))
         diverging = jnp.where(starting, ~all_finite(new), info.is_divergent)
         kinetic = 0.5 * sum(jnp.sum(p**2) for p in jax.tree.leaves(info.momentum))
-        energy = jnp.where(starting, -new.logdensity, kinetic - state_before.logdensity)
+        energy = jnp.where(starting, -new.logdensity, kinetic - before)
         record = Record(new.logdensity, energy, diverging, gradients * steps, state.step_size)
         keep = starting | (state.i > self.n_warmup)
         return jax.lax.cond(keep, lambda: state, lambda: adapted), record

@@ -41,7 +41,8 @@ class NUTSKernel(AbstractKernel):
     def account(self):
         names = ("n_warmup", "target_accept", "max_tree_depth", "mass", "step_size", "forward_mode")
         inverse_mass = None if self.inverse_mass is None else array_digest(self.inverse_mass)
-        return dict({name: getattr(self, name) for name in names}, sampler="nuts", inverse_mass=inverse_mass)
+        fixed = dict(inverse_mass=inverse_mass, max_gradients=2 ** self.max_tree_depth[1] - 1)
+        return dict({name: getattr(self, name) for name in names}, sampler="nuts", **fixed)
 
     def start(self, position, key):
         init_kernel, _ = numpyro_hmc(self._potential, algo="NUTS")
