@@ -1,5 +1,6 @@
 """Fixtures shared by every room's tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,20 @@ matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Drop compiled functions before they fill the table of memory maps.
+
+    XLA maps several pages for each function that it compiles and keeps them; a process that runs this whole suite
+    passes Linux' limit (vm.max_map_count, 65 530) and then dies of a segmentation fault in whatever compiles next.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
