@@ -165,6 +165,7 @@ class Analysis:
             config={
                 "survey": survey.model_dump(mode="json"),
                 "latents": settings.latents,
+                "n_average": settings.n_average,
                 "n_bands": self.config.summaries.n_bands,
             },
             seed=self.config.seed,
@@ -177,13 +178,21 @@ class Analysis:
         return {"simulations": settings.n}
 
     def _fill(self, store: SimulationStore) -> None:
-        for block in _with_progress(store, self.progress):
+        for block in store.each_missing(self.progress):
             store.write(block, self._simulate_block(block))
+
+    @functools.cached_property
+    def _averaging_steps(self) -> int | None:
+        settings = self.config.simulations
+        if settings.n_average == 1:
+            return None
+        return self.sim.averaging_steps(self.run.key("simulations"), settings.latents, settings.block_size)
 
     def _simulate_block(self, block: Block) -> dict[str, np.ndarray]:
         settings = self.config.simulations
-        key = self.run.key("simulations")
-        draws = self.sim.draw(key, len(block), start=block.start, batch_size=len(block), latents=settings.latents)
+        options: dict[str, Any] = {"latents": settings.latents, "n_average": settings.n_average}
+        key, options["n_steps"] = self.run.key("simulations"), self._averaging_steps
+        draws = self.sim.draw(key, len(block), start=block.start, batch_size=len(block), **options)
         rows = {"theta": draws.theta, "score": draws.score, "statistics": _over_rows(self.statistics, draws.x)}
         if settings.keep_maps:
             rows["x"] = draws.x
@@ -328,20 +337,6 @@ def load_samples(run: Run, method: str) -> np.ndarray:
 def _over_rows(function: Callable, x):
     """`function` of each row, one after the other: bounded memory."""
     return jax.lax.map(function, x)
-
-
-def _with_progress(store: SimulationStore, progress: bool):
-    """The missing blocks, with a bar over rows that starts at those that are done."""
-    from tqdm.auto import tqdm
-
-    missing = store.missing()
-    if not missing:
-        return
-    done = store.n - sum(map(len, missing))
-    with tqdm(total=store.n, initial=done, disable=not progress, desc="simulate", unit="sim") as bar:
-        for block in missing:
-            yield block
-            bar.update(len(block))
 
 
 def _bad_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from tqdm.auto import tqdm
 
 from diffsbi._files import differences, explain_full_disk, read_json, write_json
 
@@ -57,6 +58,15 @@ class SimulationStore:
     def missing(self) -> list[Block]:
         """The blocks that are still to be written."""
         return [block for block in self.blocks if not self._complete(block)]
+
+    def each_missing(self, progress: bool = False) -> Iterator[Block]:
+        """The missing blocks, with a bar over rows that starts at those that are done."""
+        missing = self.missing()
+        done = self.n - sum(map(len, missing))
+        with tqdm(total=self.n, initial=done, disable=not (progress and missing), desc="simulate", unit="sim") as bar:
+            for block in missing:
+                yield block
+                bar.update(len(block))
 
     def write(self, block: Block, arrays: Mapping[str, np.ndarray]) -> None:
         """Write one block; nothing of it counts before all of it is on disk.

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from blackjax.mcmc.integrators import IntegratorState
 
+from diffsbi.integrators import gaussian_split
 from diffsbi.sampling import Chains, hmc
-from diffsbi.sampling.hmc import INTEGRATORS, HMCKernel, gaussian_split
+from diffsbi.sampling.hmc import INTEGRATORS, HMCKernel
 
 
 def standard_normal(q):

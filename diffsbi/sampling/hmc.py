@@ -8,44 +8,13 @@ import jax
 import jax.numpy as jnp
 from blackjax.adaptation.step_size import dual_averaging_adaptation
 from blackjax.mcmc import hmc as blackjax_hmc
-from blackjax.mcmc.integrators import IntegratorState, velocity_verlet
+from blackjax.mcmc.integrators import velocity_verlet
 
 from diffsbi._types import Array, Float
+from diffsbi.integrators import gaussian_split
 from diffsbi.sampling.chains import Chains
 from diffsbi.sampling.kernels import UNKNOWN, AbstractKernel, Record, all_finite, size
 from diffsbi.sampling.runner import sample
-
-KICK = 0.193183
-"""Weight of a step's two outer kicks: McLachlan's two-stage scheme of least error (McLachlan 1995, SIAM J. Sci. Comput.
-16, 151)."""
-
-
-def gaussian_split(log_density: Callable, _kinetic_energy: Callable | None = None) -> Callable:
-    r"""Integrator that solves $H_0 = (|q|^2 + |p|^2)/2$ exactly and kicks with the rest, $U - |q|^2/2$.
-
-    A step is kick(b), rotate(ε/2), kick(1 − 2b), rotate(ε/2), kick(b), two gradients. Where the target is nearly a
-    standard normal, in however many dimensions, the step is limited by what is *not* normal, and not by the dimension
-    (Shahbaba et al. 2014, Stat. Comput. 24, 339; Beskos et al. 2011, Stoch. Proc. Appl. 121, 2201).
-
-    The rotation is a product of three shears: their Jacobian is one whatever the rounding of the coefficients, where
-    cos² + sin² = 1 + 1e-7 in float32 would change the energy of 10^5 dimensions at every step.
-    """
-    value_and_grad = jax.value_and_grad(log_density)
-
-    def step(state: IntegratorState, step_size) -> IntegratorState:
-        q, p, value, gradient = state
-        shear, sine = jnp.tan(step_size / 4), jnp.sin(step_size / 2)
-        for weight in (KICK, 1 - 2 * KICK):
-            p = jax.tree.map(lambda p, q, g, w=weight: p + w * step_size * (g + q), p, q, gradient)
-            q = jax.tree.map(lambda q, p: q + shear * p, q, p)
-            p = jax.tree.map(lambda q, p: p - sine * q, q, p)
-            q = jax.tree.map(lambda q, p: q + shear * p, q, p)
-            value, gradient = value_and_grad(q)
-        p = jax.tree.map(lambda p, q, g: p + KICK * step_size * (g + q), p, q, gradient)
-        return IntegratorState(q, p, value, gradient)
-
-    return step
-
 
 AIM = 0.2
 """BlackJAX's dual averaging is drawn towards ten times the value that it starts from; with this, towards twice."""

@@ -3,6 +3,7 @@ r"""The joint `log p(theta, z, x)`, written once: simulations, scores and poster
 import abc
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,12 @@ from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
 from diffsbi.prior import Prior
+from diffsbi.simulators.averaging import average_score
+
+_PILOT = 2**32 - 1  # folded into the key of `draw` for simulations that are nobody's rows
+_CHAIN = 2**32 - 2  # folded into a row's key for its chain of latents
+_MOST_STEPS = 12
+_LOW_ACCEPTANCE = 0.3
 
 
 class Draws(eqx.Module):
@@ -97,8 +104,11 @@ class AbstractSimulator(eqx.Module):
 
     def log_conditional(self, theta: Float[Array, " p"], z: Array, x: Array, *, latents: str = "white") -> Array:
         r"""$\log p(x, z | \theta)$ of one draw, `z` given in the coordinate `latents`."""
-        state = self.setup(theta)
-        z, log_det = self.transport(latents).to_latents(state, z, x)
+        return self.log_conditional_of(self.setup(theta), z, x, self.transport(latents))
+
+    def log_conditional_of(self, state: Any, xi: Array, x: Array, transport: AbstractTransport) -> Array:
+        r"""$\log p(x, \xi | \theta)$ of one draw, given `setup(theta)` and a coordinate."""
+        z, log_det = transport.to_latents(state, xi, x)
         return jnp.sum(self.latents(state).log_prob(z)) + jnp.sum(self.likelihood(state, z).log_prob(x)) + log_det
 
     def log_joint(self, theta: Float[Array, " p"], z: Array, x: Array, *, latents: str = "white") -> Array:
@@ -106,15 +116,34 @@ class AbstractSimulator(eqx.Module):
         return self.prior.log_prob(theta) + self.log_conditional(theta, z, x, latents=latents)
 
     def score(
-        self, theta: Float[Array, " p"], z: Array, x: Array, *, with_prior: bool = False, latents: str = "white"
+        self,
+        theta: Float[Array, " p"],
+        z: Array,
+        x: Array,
+        *,
+        with_prior: bool = False,
+        latents: str = "white",
+        n_average: int = 1,
+        n_steps: int = 4,
+        key: Key | None = None,
     ) -> Float[Array, " p"]:
         r"""The joint score $\nabla_\theta \log p(x, \xi | \theta)$ of ONE draw (prior's gradient added on request).
 
         `z` is the draw's own (white) latent; it is moved to the coordinate `latents` before the gradient is
         taken at fixed $\xi$. In every coordinate its mean given (theta, x) is the marginal score
-        $\nabla_\theta \log p(x | \theta)$; its variance differs.
+        $\nabla_\theta \log p(x | \theta)$; its variance differs. With `n_average` > 1 it is averaged over as many
+        exact posterior draws of the latents (`averaging.average_score`), which `key` draws.
         """
         check_trailing("theta", theta, (self.prior.dim,))
+        _check_average(n_average, n_steps)
+        if n_average > 1:
+            if key is None:
+                raise ValueError(f"Expected a key, for the chain of {n_average} latents; got None.")
+            theta = jnp.asarray(theta, jnp.result_type(float))
+            score, _ = average_score(
+                self, theta, z, x, check_key(key), latents=latents, n_average=n_average, n_steps=n_steps
+            )
+            return score + jax.grad(self.prior.log_prob)(theta) if with_prior else score
         xi, _ = self.transport(latents).from_latents(self.setup(theta), z, x)
         density = self.log_joint if with_prior else self.log_conditional
         return jax.grad(lambda t: density(t, xi, x, latents=latents))(jnp.asarray(theta))
@@ -135,6 +164,8 @@ class AbstractSimulator(eqx.Module):
         *,
         with_score: bool = True,
         latents: str = "white",
+        n_average: int = 1,
+        n_steps: int | None = None,
         keep_latents: bool = False,
         start: int = 0,
         batch_size: int | None = None,
@@ -148,6 +179,9 @@ class AbstractSimulator(eqx.Module):
             theta: None to draw from the prior, else one parameter vector `(p,)` or one for each row `(n, p)`.
             with_score: Also return the joint score in the coordinate `latents`.
             latents: Latent coordinate of the score.
+            n_average: Exact posterior draws of the latents that the score is averaged over: less noise, the same mean;
+                each but the first takes 2 `n_steps` gradients.
+            n_steps: Steps between two of them; by default chosen once for `key` (`averaging_steps`).
             keep_latents: Also return the (white) latents.
             start: Number of the first row: `draw(key, 5, start=10)` gives rows 10 to 14 of `draw(key, 15)`.
             batch_size: Most rows that are computed per call; by default what fits 256 MiB of output.
@@ -162,22 +196,65 @@ class AbstractSimulator(eqx.Module):
         if theta is not None:
             theta = _rows_of_theta(self.prior, theta, n)
         self.transport(latents)
-        row = functools.partial(_draw_rows, with_score=with_score, latents=latents, keep_latents=keep_latents)
+        _check_average(n_average, 1 if n_steps is None else n_steps)
+        average = None
+        if with_score and n_average > 1:
+            n_steps = self.averaging_steps(key, latents, batch_size) if n_steps is None else n_steps
+            average = (n_average, n_steps)
+        row = functools.partial(
+            _draw_rows, with_score=with_score, latents=latents, average=_counts(average), keep_latents=keep_latents
+        )
         size = _even_size(n, self._rows_that_fit() if batch_size is None else batch_size)
-        blocks = []
+        blocks, accepted = [], []
         with tqdm(total=n, disable=not progress, desc="simulate", unit="sim") as bar:
             for first in range(0, n, size):
                 # The last block repeats its last row rather than be compiled anew for a shorter one.
                 index = jnp.minimum(jnp.arange(first, first + size), n - 1)
-                block = row(self, key, start + index, None if theta is None else theta[index])
+                *block, acceptance = row(self, key, start + index, None if theta is None else theta[index])
                 blocks.append(jax.tree.map(np.asarray, block))
+                accepted.append(np.mean(acceptance))
                 bar.update(min(size, n - first))
         out = jax.tree.map(lambda *b: jnp.asarray(np.concatenate(b)[:n]), *blocks)
+        if np.mean(accepted) < _LOW_ACCEPTANCE:
+            warnings.warn(
+                f"The chains of latents accepted {np.mean(accepted):.0%} of their steps: the scores have the right mean "
+                f"but hardly less noise. Try more steps than n_steps={n_steps}, or other latents than {latents!r}.",
+                stacklevel=3,
+            )
         return Draws(*out, names=self.names)
+
+    def averaging_steps(self, key: Key, latents: str = "white", batch_size: int | None = None) -> int:
+        """Steps of the chains of `draw(..., n_average=K)` with the most acceptance per gradient, on 16 prior draws.
+
+        They depend on `key` and `latents` alone, and on no simulation that `draw` returns.
+        """
+        key, rows = jax.random.fold_in(check_key(key), _PILOT), np.arange(16)
+        size = _even_size(len(rows), self._rows_that_fit() if batch_size is None else batch_size)
+        best, steps = 0.0, 1
+        for n_steps in range(1, _MOST_STEPS + 1):
+            if 1 / n_steps <= best:
+                break
+            row = functools.partial(
+                _draw_rows, with_score=True, latents=latents, average=_counts((2, n_steps)), keep_latents=False
+            )
+            blocks = [row(self, key, jnp.asarray(np.resize(rows[i : i + size], size)), None)[-1] for i in rows[::size]]
+            gain = float(np.mean(np.concatenate([np.asarray(b) for b in blocks]))) / n_steps
+            best, steps = max((best, steps), (gain, n_steps), key=lambda pair: pair[0])
+        return steps
 
     def _rows_that_fit(self, budget: int = 2**28) -> int:
         _, z, x = eqx.filter_eval_shape(self.draw_one, jax.random.key(0))
         return int(max(1, min(128, budget // (4 * (z.size + x.size)))))
+
+
+def _counts(average: tuple[int, int] | None) -> Array | None:
+    """As an array: another number of draws or steps needs no other compiled function."""
+    return None if average is None else jnp.asarray(average)
+
+
+def _check_average(n_average: int, n_steps: int) -> None:
+    if n_average < 1 or n_steps < 1:
+        raise ValueError(f"Expected n_average >= 1 and n_steps >= 1; got {n_average} and {n_steps}.")
 
 
 def _even_size(n: int, largest: int) -> int:
@@ -196,14 +273,22 @@ def _rows_of_theta(prior: Prior, theta, n: int) -> Array:
 
 
 @eqx.filter_jit
-def _draw_rows(sim, key, index, theta, *, with_score, latents, keep_latents):
+def _draw_rows(sim, key, index, theta, *, with_score, latents, average, keep_latents):
     """Rows one after the other (`lax.map`): bit for bit the same rows in every batch size."""
 
     def row(args):
         i, t = args
-        t, z, x = sim.draw_one(jax.random.fold_in(key, i), t)
-        score = sim.score(t, z, x, latents=latents) if with_score else None
-        return t, x, score, z if keep_latents else None
+        key_row = jax.random.fold_in(key, i)
+        t, z, x = sim.draw_one(key_row, t)
+        score, acceptance = None, jnp.ones(())
+        if with_score and average is None:
+            score = sim.score(t, z, x, latents=latents)
+        elif with_score:
+            key_chain = jax.random.fold_in(key_row, _CHAIN)
+            score, acceptance = average_score(
+                sim, t, z, x, key_chain, latents=latents, n_average=average[0], n_steps=average[1]
+            )
+        return t, x, score, z if keep_latents else None, acceptance
 
     # A loop of one row is unrolled and compiled differently, to other last bits: such a row is computed twice.
     n = len(index)

@@ -1,0 +1,156 @@
+"""Scores averaged over a chain of latents: unbiased whatever the step, less noisy, and exact where theory is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+
+from diffsbi.prior import Prior
+from diffsbi.simulators import averaging, lsst_y10
+from diffsbi.simulators.averaging import average_score
+from diffsbi.simulators.base import AbstractSimulator
+from diffsbi.simulators.linear_gaussian import linear_gaussian
+
+GRID = np.linspace(-3.0, 3.0, 4001)
+
+
+class Stars(AbstractSimulator):
+    """One latent brightness, seen through a curved response: the marginal score is an integral over one number."""
+
+    prior: Prior = Prior({"gain": dist.Uniform(1.0, 3.0), "level": dist.Normal(0.0, 0.3)})
+
+    def latents(self, theta):
+        return dist.Normal(theta[1] * jnp.ones(1), 1.0).to_event(1)
+
+    def likelihood(self, theta, z):
+        return dist.Normal(jnp.sinh(theta[0] * z) * jnp.ones(2), 0.7).to_event(1)
+
+    def marginal_score(self, theta, x):
+        z = jnp.asarray(GRID)[:, None]
+        joint = jax.vmap(lambda z: self.log_conditional(theta, z, x))(z)
+        scores = jax.vmap(lambda z: jax.grad(self.log_conditional)(theta, z, x))(z)
+        return jax.nn.softmax(joint) @ scores
+
+
+def residuals(sim, n, n_average, n_steps, exact, theta=None):
+    """Averaged minus exact marginal score of n simulations, in units of its own standard error of the mean, and x."""
+    draws = sim.draw(jax.random.key(1), n, theta, n_average=n_average, n_steps=n_steps)
+    rows = np.asarray(draws.score - jax.jit(jax.vmap(exact))(draws.theta, draws.x))
+    return rows, draws
+
+
+def t_values(rows):
+    return rows.mean(0) / (rows.std(0) / np.sqrt(len(rows)))
+
+
+@pytest.mark.parametrize("n_steps", [3, 8])
+def test_the_average_is_unbiased_given_the_data_for_every_step(x64, n_steps):
+    sim = Stars()
+    rows, draws = residuals(sim, 6000, 4, n_steps, sim.marginal_score)
+    x = np.asarray(draws.x.mean(1, keepdims=True))
+    for weight in (np.ones_like(x), np.tanh(x), (x > 1).astype(float), x**2 < 0.25):
+        assert np.abs(t_values(rows * weight)).max() < 4.5
+
+
+def test_without_the_acceptance_step_the_mean_would_be_wrong(x64, monkeypatch):
+    inner = averaging._transition
+
+    def always(evaluate, state, key, n_steps):
+        monkeypatch.setattr(jax.random, "uniform", lambda *a, **k: jnp.zeros(()))
+        try:
+            return inner(evaluate, state, key, n_steps)
+        finally:
+            monkeypatch.undo()
+            monkeypatch.setattr(averaging, "_transition", always)
+
+    monkeypatch.setattr(averaging, "_transition", always)
+    sim = Stars()
+    theta = jnp.asarray([1.5, 0.1])
+    kept = [k for k in range(8000)]
+    _, z, x = jax.vmap(lambda k: sim.draw_one(jax.random.fold_in(jax.random.key(2), k), theta))(jnp.asarray(kept))
+
+    def one(z, x, k):
+        score, _ = average_score(sim, theta, z, x, jax.random.key(k), latents="white", n_average=4, n_steps=3)
+        return score - sim.marginal_score(theta, x)
+
+    rows = np.asarray(jax.jit(jax.vmap(one))(z, x, jnp.asarray(kept)))
+    rows = rows[np.isfinite(rows).all(1)]
+    assert np.abs(t_values(np.clip(rows, -50, 50))).max() > 6
+
+
+def test_more_draws_less_noise(x64):
+    sim = Stars()
+    spread = {}
+    for k in (1, 2, 6):
+        rows, _ = residuals(sim, 3000, k, 10, sim.marginal_score, jnp.asarray([1.5, 0.1]))
+        spread[k] = np.median(np.abs(rows), 0)
+    assert (spread[2] < 0.9 * spread[1]).all()
+    assert (spread[6] < 0.65 * spread[1]).all()
+
+
+def test_exact_in_the_whitened_coordinate_of_a_linear_simulator(x64):
+    sim = linear_gaussian(dim=3, n_latents=4, n_data=5, seed=1)
+    draws = sim.draw(jax.random.key(0), 20, latents="whitened", n_average=5)
+    assert sim.averaging_steps(jax.random.key(0), "whitened") == 1
+    np.testing.assert_allclose(draws.score, jax.vmap(sim.marginal_score)(draws.theta, draws.x), rtol=0, atol=1e-10)
+
+
+def test_noise_of_a_linear_simulator_in_white_falls_as_independent_draws(x64):
+    """A quarter turn makes draws of a standard normal independent; here B is small, so white is nearly whitened."""
+    sim = linear_gaussian(dim=2, n_latents=2, n_data=4, seed=3)
+    sim = type(sim)(sim.prior, sim.loc, sim.scale, sim.design, 0.1 * sim.mixing, sim.noise)
+    one, _ = residuals(sim, 4000, 1, 2, sim.marginal_score)
+    four, _ = residuals(sim, 4000, 4, 2, sim.marginal_score)
+    ratio = four.var(0) / one.var(0)
+    np.testing.assert_allclose(ratio, 0.25, atol=4 * 0.25 * np.sqrt(4 / 4000) + 0.02)
+    assert np.abs(t_values(four)).max() < 4.5
+
+
+def test_maps_keep_a_mean_score_of_zero():
+    sim = lsst_y10(n_pix=8, side_deg=0.3125, n_bins=2)
+    draws = sim.draw(jax.random.key(4), 400, sim.fiducial, latents="whitened", n_average=3, n_steps=2)
+    assert np.abs(t_values(np.asarray(draws.score))).max() < 4.5
+
+
+def test_rows_do_not_depend_on_the_batch_and_the_data_not_on_the_average(x64):
+    sim, key = Stars(), jax.random.key(3)
+    whole = sim.draw(key, 12, n_average=3)
+    for size in (1, 5):
+        part = sim.draw(key, 12, n_average=3, batch_size=size)
+        np.testing.assert_array_equal(part.score, whole.score)
+    np.testing.assert_array_equal(sim.draw(key, 4, n_average=3, start=8).score, whole.score[8:])
+    plain = sim.draw(key, 12)
+    np.testing.assert_allclose(plain.x, whole.x, rtol=1e-12)
+    assert (np.abs(plain.score - whole.score) > 1e-6).any()
+
+
+def test_score_of_one_draw_and_the_priors_gradient(x64):
+    sim = Stars()
+    theta, z, x = sim.draw_one(jax.random.key(5))
+    arguments = dict(n_average=3, n_steps=2, key=jax.random.key(6))
+    score = sim.score(theta, z, x, **arguments)
+    expected, _ = average_score(sim, theta, z, x, jax.random.key(6), latents="white", n_average=3, n_steps=2)
+    np.testing.assert_allclose(score, expected, rtol=1e-12)
+    with_prior = sim.score(theta, z, x, with_prior=True, **arguments)
+    np.testing.assert_allclose(with_prior - score, jax.grad(sim.prior.log_prob)(theta), rtol=1e-10, atol=1e-12)
+
+
+def test_steps_that_are_never_accepted_are_told(x64):
+    sim = linear_gaussian(dim=2, n_latents=30, n_data=40, seed=0, noise=0.01)
+    with pytest.warns(UserWarning, match="accepted 0% of their steps"):
+        draws = sim.draw(jax.random.key(0), 5, n_average=2, n_steps=1)
+    np.testing.assert_allclose(draws.score, sim.draw(jax.random.key(0), 5).score, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda s: s.draw(jax.random.key(0), 2, n_average=0), "Expected n_average >= 1 and n_steps >= 1; got 0 and 1"),
+        (lambda s: s.draw(jax.random.key(0), 2, n_average=2, n_steps=0), "n_steps >= 1; got 2 and 0"),
+        (lambda s: s.score(*s.draw_one(jax.random.key(0)), n_average=2), "Expected a key, for the chain of 2 latents"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(Stars())
