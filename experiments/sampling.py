@@ -72,7 +72,7 @@ def main(cfg: Config, out: Path) -> None:
 
 def measure(cfg: Config, n_pix: int, name: str, out: Path) -> dict:
     """One sampler on one simulated map, from its folder if it was done."""
-    folder = _folder(out, n_pix, name)
+    folder = folder_of(out, n_pix, name)
     if not (folder / "row.json").exists():
         sim = ds.lsst_y10(n_pix=n_pix, side_deg=n_pix * 10 / 256)
         key = jax.random.fold_in(jax.random.key(cfg.seed), n_pix)
@@ -87,11 +87,12 @@ def measure(cfg: Config, n_pix: int, name: str, out: Path) -> dict:
         row = dict(account(chains), name=name, n_pix=n_pix, seconds=time.monotonic() - start)
         write_json(folder / "row.json", row)
     row = read_json(folder / "row.json")
-    reference = _folder(out, n_pix, REFERENCE)
+    reference = folder_of(out, n_pix, REFERENCE)
     return row | (bias(load_chains(folder), load_chains(reference)) if name != REFERENCE else {})
 
 
-def _folder(out: Path, n_pix: int, name: str) -> Path:
+def folder_of(out: Path, n_pix: int, name: str) -> Path:
+    """The folder of one row."""
     return out / f"{n_pix}_{name.replace(', ', '_').replace(' ', '_')}"
 
 

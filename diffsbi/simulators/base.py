@@ -217,7 +217,7 @@ class AbstractSimulator(eqx.Module):
         out = jax.tree.map(lambda *b: jnp.asarray(np.concatenate(b)[:n]), *blocks)
         if np.mean(accepted) < _LOW_ACCEPTANCE:
             warnings.warn(
-                f"The chains of latents accepted {np.mean(accepted):.0%} of their steps: the scores have the right mean "
+                f"The chains of latents accepted {np.mean(accepted):.0%} of their steps: the scores are unbiased "
                 f"but hardly less noise. Try more steps than n_steps={n_steps}, or other latents than {latents!r}.",
                 stacklevel=3,
             )
