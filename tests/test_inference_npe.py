@@ -177,7 +177,7 @@ def test_measured_noise_weighs_each_direction_by_its_own_precision(x64):
     v = jnp.asarray(rng.standard_normal((5000, 2)))
     root = np.array([[3.0, 0.0], [1.0, 0.4]])
     score = -v + rng.standard_normal((5000, 2)) @ root.T
-    model = ScoredDensity(None, first_noise(v, score))
+    model = ScoredDensity(None, first_noise(score + v))
     white, log_det = model.whiten_noise(score + v)
     np.testing.assert_allclose(np.cov(white.T), np.eye(2), atol=0.1)
     np.testing.assert_allclose(log_det, -np.log(3.0 * 0.4), atol=0.05)

@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "simulators": BOTTOM | {"cosmology", "integrators"},
     "summaries": BOTTOM,
     "flows": BOTTOM,
-    "inference": BOTTOM | {"flows", "summaries"},
+    "inference": BOTTOM | {"flows", "summaries", "sampling"},
     "sampling": BOTTOM | {"simulators", "cosmology", "integrators"},
     "diagnostics": BOTTOM,
     "store": BOTTOM,

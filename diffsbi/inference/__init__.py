@@ -1,14 +1,17 @@
 """Losses, the one training loop, neural posterior estimation, and posterior objects."""
 
 from diffsbi.inference.losses import posterior_score
+from diffsbi.inference.nle import NLE, LikelihoodPosterior
 from diffsbi.inference.npe import NPE
 from diffsbi.inference.persist import load_posterior, prior_from_json, prior_to_json
 from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.training import History, fit, split_rows
 
 __all__ = [
+    "NLE",
     "NPE",
     "History",
+    "LikelihoodPosterior",
     "Member",
     "Posterior",
     "fit",

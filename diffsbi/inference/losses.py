@@ -32,6 +32,16 @@ def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array
     return jax.vmap(one)(jnp.asarray(theta), jnp.asarray(score))
 
 
+def likelihood_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    r"""$\nabla_u \log p(x, z | \theta(u)) = J^T s$; arguments as `posterior_score`."""
+
+    def one(theta, score):
+        _, pull_back = jax.vjp(prior.from_unconstrained, prior.to_unconstrained(theta))
+        return pull_back(score)[0]
+
+    return jax.vmap(one)(jnp.asarray(theta), jnp.asarray(score))
+
+
 def score_outliers(score: np.ndarray, cut: float = 10.0) -> np.ndarray:
     """True for rows `(n,)` with a component beyond `cut` robust standard deviations (median, 1.4826 × MAD).
 
@@ -67,10 +77,32 @@ class ScoredDensity(eqx.Module):
 
 
 class AbstractScoreLoss(eqx.Module):
-    """A loss over batches `{"v": (n, p), "c": (n, d), "score": (n, p), "use": (n,)}` of standardised rows.
+    r"""A loss over batches `{"v": (n, m), "c": (n, d), "score": (n, p), "use": (n,)}` of standardised rows.
 
-    `use` is 1 where a row's score counts and 0 where it is left out (`score_outliers`).
+    `use` is 1 where a row's score counts and 0 where it is left out (`score_outliers`). The density's score is
+    $\nabla_v \log q(v | c)$ (a posterior's), or, where `along` holds $\partial v/\partial c$ at fixed data, an (m, d)
+    matrix, $\nabla_c \log q(v(c) | c)$ (a likelihood's).
     """
+
+    along: eqx.AbstractVar[Float[Array, "m d"] | None]
+
+    def start(self, v: Float[Array, "n m"]) -> Float[Array, "n p"]:
+        """The score of the density that training starts at, a standard normal."""
+        return -v if self.along is None else -v @ self.along
+
+    def value_and_residual(self, density, batch) -> tuple[Float[Array, " n"], Float[Array, "n p"]]:
+        """log q, and the rows' scores less the density's own."""
+
+        def total(v, c):
+            value = density.log_prob(v, c)
+            return jnp.sum(value), value
+
+        if self.along is None:
+            gradient, value = jax.grad(total, has_aux=True)(batch["v"], batch["c"])
+        else:
+            (in_v, in_c), value = jax.grad(total, (0, 1), has_aux=True)(batch["v"], batch["c"])
+            gradient = in_c + in_v @ self.along
+        return value, batch["score"] - gradient
 
     @abc.abstractmethod
     def __call__(self, params, static, batch, key) -> Array:
@@ -79,6 +111,8 @@ class AbstractScoreLoss(eqx.Module):
 
 class NegativeLogLikelihood(AbstractScoreLoss):
     r"""$-\langle \log q(v | c) \rangle$."""
+
+    along: Array | None = None
 
     def __call__(self, params, static, batch, key):
         return -jnp.mean(eqx.combine(params, static).density.log_prob(batch["v"], batch["c"]))
@@ -92,9 +126,10 @@ class WeightedScore(AbstractScoreLoss):
     """
 
     weight: Float[Array, " p"]
+    along: Array | None = None
 
     def __call__(self, params, static, batch, key):
-        value, residual = _value_and_residual(eqx.combine(params, static).density, batch)
+        value, residual = self.value_and_residual(eqx.combine(params, static).density, batch)
         return -jnp.mean(value) + jnp.mean(batch["use"] * (residual**2 @ self.weight))
 
 
@@ -108,9 +143,11 @@ class MeasuredScore(AbstractScoreLoss):
     1/0.05² in units of the posterior's own score variance).
     """
 
+    along: Array | None = None
+
     def __call__(self, params, static, batch, key):
         model = eqx.combine(params, static)
-        value, residual = _value_and_residual(model.density, batch)
+        value, residual = self.value_and_residual(model.density, batch)
         white, log_det = model.whiten_noise(residual)
         level = model.log_level(batch["v"], batch["c"])
         distance = jnp.sum(white**2, -1) * jnp.exp(-2 * level)
@@ -124,27 +161,17 @@ def noise_level(key: Key, dim: int, condition_dim: int) -> eqx.nn.MLP:
     return eqx.tree_at(last, network, replace_fn=jnp.zeros_like)
 
 
-def first_noise(v: Array, score: Array) -> Array:
-    r"""`ScoredDensity.noise` for the residuals of the density that training starts at, a standard normal.
+def first_noise(residual: Float[Array, "n p"]) -> Float[Array, "p p"]:
+    r"""`ScoredDensity.noise` for the residuals of the density that training starts at.
 
     Rows far in the tails of the residuals are clipped, lest one of them decides.
     """
-    residual = score + v
     scale = jnp.broadcast_to(3 * jnp.sqrt(jnp.median(residual**2, axis=0) / 0.455), residual.shape)
     residual = jnp.clip(residual, -scale, scale)
-    p = v.shape[-1]
-    covariance = residual.T @ residual / len(residual) + _SMALLEST_NOISE**2 * jnp.eye(p, dtype=v.dtype)
+    identity = jnp.eye(residual.shape[-1], dtype=residual.dtype)
+    covariance = residual.T @ residual / len(residual) + _SMALLEST_NOISE**2 * identity
     root = jnp.linalg.cholesky(covariance)
-    inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(p, dtype=v.dtype), lower=True)
+    inverse = jax.scipy.linalg.solve_triangular(root, identity, lower=True)
     d = jnp.diag(inverse)
     level = jnp.log(jnp.maximum(1 / d - _SMALLEST_NOISE, 1e-3))
     return (jnp.tril(inverse / d[:, None], -1) + jnp.diag(level)) / _NOISE_RATE
-
-
-def _value_and_residual(density, batch) -> tuple[Array, Array]:
-    def total(v):
-        value = density.log_prob(v, batch["c"])
-        return jnp.sum(value), value
-
-    gradient, value = jax.grad(total, has_aux=True)(batch["v"])
-    return value, batch["score"] - gradient

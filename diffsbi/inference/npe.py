@@ -1,39 +1,11 @@
 r"""Neural posterior estimation from simulations, with their scores where there are any."""
 
-import json
-import warnings
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flowjax.distributions import AbstractDistribution, StandardNormal, Transformed
-
-from diffsbi._types import Key, check_finite, check_key, check_names
-from diffsbi.flows import FLOWS, is_smooth
-from diffsbi.flows.affine import ConditionalAffine, with_linear_part
-from diffsbi.inference.losses import (
-    AbstractScoreLoss,
-    MeasuredScore,
-    NegativeLogLikelihood,
-    ScoredDensity,
-    WeightedScore,
-    first_noise,
-    noise_level,
-    posterior_score,
-    score_outliers,
-)
-from diffsbi.inference.posterior import Member, Posterior
-from diffsbi.inference.standardise import fit_standardiser
-from diffsbi.inference.training import fit, split_rows
-from diffsbi.prior import Prior
-
-SMALLEST_N = 10
-Density = str | Callable[..., AbstractDistribution] | None
+from diffsbi.inference.estimator import Estimator
+from diffsbi.inference.losses import posterior_score
+from diffsbi.inference.posterior import Posterior
 
 
-class NPE:
+class NPE(Estimator[Posterior]):
     r"""Neural posterior estimation: $q(\theta | x)$ of summaries x, trained on its likelihood and on its score.
 
     The density is learned in standardised unconstrained coordinates v (`Standardiser`), where it minimises
@@ -41,197 +13,17 @@ class NPE:
     prior's own: $L^T (J^T \nabla_\theta\log p(x,z|\theta) + \nabla_u \log p(u))$. With scores, the linear part of the
     density (and the noise of the score) is fitted first, the flow from there; histories tell of the latter.
 
-    This object only collects simulations (`append` changes it and returns it); everything that is fitted is in
-    the frozen `Posterior`.
-
-    Args:
-        prior: A `Prior`, or anything with a `prior` (a simulator).
-        density: Name in `diffsbi.flows.FLOWS`, a constructor `(key, dim, condition_dim) -> distribution`, or
-            None for the default, "smooth".
-        score_weight: "auto" (the inverse covariance of the score's noise, measured: `MeasuredScore`), a
-            number $\lambda$ or one per direction of v (`WeightedScore`). 0 ignores the scores.
-        density_options: Further keywords of the density's constructor.
+    Arguments as `Estimator`.
     """
 
-    def __init__(
-        self, prior, density: Density = None, *, score_weight="auto", density_options: dict[str, Any] | None = None
-    ):
-        self.prior: Prior = prior if isinstance(prior, Prior) else prior.prior
-        self.density = "smooth" if density is None else density
-        if isinstance(self.density, str):
-            check_names([self.density], list(FLOWS), "density")
-        self.density_options = dict(density_options or {})
-        self.score_weight = _checked_weight(score_weight, self.prior.dim)
-        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+    def _roles(self, rows):
+        return rows["u"], rows["x"]
 
-    def __len__(self) -> int:
-        return sum(len(theta) for theta, _, _ in self._rows)
+    def _score_in_u(self, theta, score):
+        return posterior_score(self.prior, theta, score)
 
-    def append(self, theta, x, score=None) -> "NPE":
-        r"""Add simulations and return this object.
+    def _standard_score(self, standardiser, score):
+        return standardiser.score_to_standard(score)
 
-        Args:
-            theta: Parameters, (n, p).
-            x: Summaries, (n, d).
-            score: $\nabla_\theta \log p(x, z | \theta)$ without the prior's, (n, p); for all appended rows or for none.
-
-        Raises:
-            ValueError: Wrong shapes, values that are not finite, theta outside the prior, or scores for only some
-                of the rows.
-        """
-        theta, x = np.asarray(theta), np.asarray(x)
-        score = None if score is None else np.asarray(score)
-        self._check_shapes(theta, x, score)
-        check_finite("theta", theta)
-        check_finite("x", x)
-        if score is not None:
-            check_finite("score", score)
-        self.prior.check(theta)
-        self._rows.append((theta, x, score))
-        return self
-
-    def _check_shapes(self, theta, x, score):
-        p = self.prior.dim
-        if theta.ndim != 2 or theta.shape[1] != p:
-            raise ValueError(f"Expected theta with shape (n, {p}) for {list(self.prior.names)}; got {theta.shape}.")
-        if x.ndim != 2 or len(x) != len(theta) or x.shape[1] < 1:
-            raise ValueError(f"Expected x with shape ({len(theta)}, d), summaries of each row; got {x.shape}.")
-        if score is not None and score.shape != theta.shape:
-            raise ValueError(f"Expected score with shape {theta.shape}, as theta; got {score.shape}.")
-        if not self._rows:
-            return
-        _, x_before, score_before = self._rows[0]
-        if x.shape[1] != x_before.shape[1]:
-            raise ValueError(f"Expected x with {x_before.shape[1]} columns, as appended before; got {x.shape[1]}.")
-        if (score is None) != (score_before is None):
-            with_score = "with" if score_before is not None else "without"
-            raise ValueError(f"Expected rows {with_score} score, as appended before; got the opposite.")
-
-    def fit(
-        self,
-        key: Key,
-        *,
-        members: int = 4,
-        max_epochs: int | None = None,
-        batch_size: int | None = None,
-        patience: int | None = None,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1.0,
-        validation_fraction: float = 0.1,
-        progress: bool = False,
-    ) -> Posterior:
-        """Fit to all appended rows.
-
-        Args:
-            key: Initial weights, validation split and order of the rows.
-            members: Densities to fit, each with its own split and start; the posterior is their equal mixture,
-                which overfits less than any of them (they share one compilation).
-            max_epochs: Most epochs; by default those of about 5 000 steps, at least 50.
-            batch_size: Rows per step; by default 32 to 256, growing with the number of rows.
-            patience: Epochs without improvement before stopping; by default those of about 400 steps, at least 20.
-            learning_rate: First step size of Adam.
-            weight_decay: Decoupled weight decay (as AdamW): towards the linear-Gaussian answer.
-            validation_fraction: Rows kept aside to decide when to stop.
-            progress: Show a progress bar.
-
-        Raises:
-            ValueError: Fewer than 10 rows.
-        """
-        check_key(key)
-        if len(self) < SMALLEST_N:
-            raise ValueError(f"Expected at least {SMALLEST_N} simulations to fit; got {len(self)}.")
-        if members < 1:
-            raise ValueError(f"Expected members >= 1; got {members}.")
-        rows = self._unconstrained_rows()
-        batch_size = batch_size or int(np.clip(len(self) // 10, 32, 256))
-        patience = patience or max(20, 400 * batch_size // len(self))
-        max_epochs = max_epochs or max(50, 5000 * batch_size // len(self))
-        options: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
-        options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
-        fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
-        config = {
-            "density": self.density if isinstance(self.density, str) else None,
-            "density_options": self.density_options,
-            "x_dim": int(rows["x"].shape[1]),
-            "members": members,
-            "simulations": len(self),
-            "scores_left_out": int(len(self) - rows["use"].sum()) if "use" in rows else 0,
-        }
-        return Posterior(self.prior, tuple(m for m, _ in fits), tuple(h for _, h in fits), json.dumps(config))
-
-    def _unconstrained_rows(self) -> dict[str, np.ndarray]:
-        thetas, xs, scores = zip(*self._rows, strict=True)
-        theta, x = (jnp.asarray(np.concatenate(a), jnp.result_type(float)) for a in (thetas, xs))
-        rows = {"u": self.prior.to_unconstrained(theta), "x": x}
-        if scores[0] is not None and self._uses_scores():
-            score = jnp.asarray(np.concatenate(scores), jnp.result_type(float))
-            rows["score"] = posterior_score(self.prior, theta, score)
-            if isinstance(self.density, str) and not is_smooth(self.density):
-                warnings.warn(f"The density {self.density!r} is not smooth: its score cannot follow.", stacklevel=3)
-        for name, value in rows.items():
-            check_finite(f"{name} in unconstrained space", value)
-        arrays = {name: np.asarray(value) for name, value in rows.items()}
-        if "score" in arrays:
-            arrays["use"] = 1 - score_outliers(arrays["score"]).astype(arrays["score"].dtype)
-        return arrays
-
-    def _uses_scores(self) -> bool:
-        return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))
-
-    def _fit_one(self, key, rows, validation_fraction, options):
-        key_split, key_density, key_linear, key_fit = jax.random.split(key, 4)
-        train, held_out = split_rows(key_split, len(rows["u"]), validation_fraction)
-        standardiser = fit_standardiser(rows["u"][train], rows["x"][train])
-
-        def standardised(index):
-            c = standardiser.condition(jnp.asarray(rows["x"][index]))
-            out = {"v": standardiser.to_standard(jnp.asarray(rows["u"][index]), c), "c": c}
-            if "score" in rows:
-                used = rows["score"] * rows["use"][:, None]  # so that no term overflows where it is left out
-                out["score"] = standardiser.score_to_standard(jnp.asarray(used[index]))
-                out["use"] = jnp.asarray(rows["use"][index])
-            return out
-
-        data, validation = standardised(train), standardised(held_out)
-        density = build_density(key_density, self.density, self.prior.dim, data["c"].shape[1], self.density_options)
-        loss = self._loss(data)
-        model = ScoredDensity(density)
-        if "score" in data:
-            model = self._linear_start(key_linear, density, data, validation, loss, options)
-        model, history = fit(key_fit, model, data, validation, loss, **options)
-        return Member(standardiser, model.density), history
-
-    def _loss(self, data) -> AbstractScoreLoss:
-        if "score" not in data:
-            return NegativeLogLikelihood()
-        if isinstance(self.score_weight, str):
-            return MeasuredScore()
-        return WeightedScore(jnp.broadcast_to(jnp.asarray(self.score_weight, data["v"].dtype), (self.prior.dim,)))
-
-    def _linear_start(self, key, density, data, validation, loss, options) -> ScoredDensity:
-        """The density with its linear part, and the noise model, fitted first: few parameters, so little to overfit."""
-        key_level, key_fit = jax.random.split(key)
-        p, d = self.prior.dim, data["c"].shape[1]
-        model = ScoredDensity(with_linear_part(StandardNormal((p,)), ConditionalAffine(p, d)))  # type: ignore[call-arg]
-        if isinstance(loss, MeasuredScore):
-            model = ScoredDensity(model.density, first_noise(data["v"], data["score"]), noise_level(key_level, p, d))
-        rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}
-        model, _ = fit(key_fit, model, data, validation, loss, **(options | rate))
-        return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, model.level)
-
-
-def build_density(key: Key, density: Density, dim: int, condition_dim: int, options: dict[str, Any]) -> Transformed:
-    """The density with a linear part, untrained."""
-    constructor = FLOWS[density] if isinstance(density, str) else density
-    return with_linear_part(constructor(key, dim, condition_dim, **options))
-
-
-def _checked_weight(weight, dim: int) -> str | np.ndarray:
-    if isinstance(weight, str):
-        if weight != "auto":
-            raise ValueError(f"Expected score_weight 'auto', a number or {dim} numbers; got {weight!r}.")
-        return weight
-    value = np.asarray(weight, float)
-    if value.shape not in ((), (1,), (dim,)) or not np.all(np.isfinite(value)) or np.any(value < 0):
-        raise ValueError(f"Expected score_weight 'auto', a number >= 0 or {dim} of them; got {weight!r}.")
-    return value
+    def _posterior(self, members, histories, config_json):
+        return Posterior(self.prior, members, histories, config_json)

@@ -22,7 +22,8 @@ from numpyro.distributions.truncated import (
 )
 
 from diffsbi._types import check_names
-from diffsbi.inference.npe import build_density
+from diffsbi.inference.estimator import build_density
+from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.standardise import Standardiser
 from diffsbi.inference.training import History
@@ -78,7 +79,7 @@ def _to_spec(name: str, d) -> dict[str, Any]:
     raise ValueError(f"Cannot describe the {type(d).__name__} prior of {name!r} in JSON; expected one of {known}.")
 
 
-def save_posterior(posterior: Posterior, path) -> None:
+def save_posterior(posterior: Posterior | LikelihoodPosterior, path) -> None:
     """Write `posterior` to `path`; a file that is already there is replaced only when the new one is complete."""
     buffer = io.BytesIO()
     eqx.tree_serialise_leaves(buffer, (posterior.members, posterior.default_x))
@@ -104,8 +105,8 @@ def save_posterior(posterior: Posterior, path) -> None:
 
 def load_posterior(
     path, prior: Prior | None = None, density: Callable[..., AbstractDistribution] | None = None
-) -> Posterior:
-    """Read what `Posterior.save` wrote.
+) -> Posterior | LikelihoodPosterior:
+    """Read what `Posterior.save` or `LikelihoodPosterior.save` wrote.
 
     Args:
         path: The file.
@@ -135,7 +136,8 @@ def load_posterior(
         )
     members, default_x = eqx.tree_deserialise_leaves(io.BytesIO(payload), (like, empty_x))
     histories = tuple(_history_from_json(h) for h in header["histories"])
-    return Posterior(prior, members, histories, json.dumps(config), default_x)
+    kind = LikelihoodPosterior if config.get("estimator") == "NLE" else Posterior
+    return kind(prior, members, histories, json.dumps(config), default_x)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -175,9 +177,10 @@ def _matching_prior(path, header, names, prior: Prior | None) -> Prior:
 
 
 def _empty_member(density, dim: int, config: dict[str, Any]) -> Member:
-    d = config["x_dim"]
-    standardiser = Standardiser(*(jnp.zeros(shape) for shape in ((d,), (d, d), (dim,), (dim, d), (dim, dim))))
-    return Member(standardiser, build_density(jax.random.key(0), density, dim, d, config["density_options"]))
+    of, given = (config["x_dim"], dim) if config.get("estimator") == "NLE" else (dim, config["x_dim"])
+    shapes = ((given,), (given, given), (of,), (of, given), (of, of))
+    standardiser = Standardiser(*(jnp.zeros(shape) for shape in shapes))
+    return Member(standardiser, build_density(jax.random.key(0), density, of, given, config["density_options"]))
 
 
 def _shapes(members) -> list[list[int]]:

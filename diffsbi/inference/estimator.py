@@ -1,0 +1,260 @@
+"""What all estimators share: simulations with their scores, the split, the linear start, an ensemble of densities."""
+
+import abc
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any, Generic, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flowjax.distributions import AbstractDistribution, StandardNormal, Transformed
+
+from diffsbi._types import Array, Key, check_finite, check_key, check_names
+from diffsbi.flows import FLOWS, is_smooth
+from diffsbi.flows.affine import ConditionalAffine, with_linear_part
+from diffsbi.inference.losses import (
+    AbstractScoreLoss,
+    MeasuredScore,
+    NegativeLogLikelihood,
+    ScoredDensity,
+    WeightedScore,
+    first_noise,
+    noise_level,
+    score_outliers,
+)
+from diffsbi.inference.posterior import Member
+from diffsbi.inference.standardise import Standardiser, fit_standardiser
+from diffsbi.inference.training import History, fit, split_rows
+from diffsbi.prior import Prior
+
+SMALLEST_N = 10
+Density = str | Callable[..., AbstractDistribution] | None
+
+
+Fitted = TypeVar("Fitted")
+
+
+class Estimator(abc.ABC, Generic[Fitted]):
+    r"""Collects simulations (`append` changes it and returns it) and fits conditional densities to them.
+
+    What is modelled, what it is conditioned on, and in which of the two the score is taken is the subclass's; what is
+    fitted is in the frozen posterior that `fit` returns.
+
+    Args:
+        prior: A `Prior`, or anything with a `prior` (a simulator).
+        density: Name in `diffsbi.flows.FLOWS`, a constructor `(key, dim, condition_dim) -> distribution`, or
+            None for the default, "smooth".
+        score_weight: "auto" (the inverse covariance of the score's noise, measured: `MeasuredScore`), a
+            number $\lambda$ or one per standardised parameter (`WeightedScore`). 0 ignores the scores.
+        density_options: Further keywords of the density's constructor.
+    """
+
+    def __init__(
+        self, prior, density: Density = None, *, score_weight="auto", density_options: dict[str, Any] | None = None
+    ):
+        self.prior: Prior = prior if isinstance(prior, Prior) else prior.prior
+        self.density = "smooth" if density is None else density
+        if isinstance(self.density, str):
+            check_names([self.density], list(FLOWS), "density")
+        self.density_options = dict(density_options or {})
+        self.score_weight = _checked_weight(score_weight, self.prior.dim)
+        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+
+    def __len__(self) -> int:
+        return sum(len(theta) for theta, _, _ in self._rows)
+
+    def append(self, theta, x, score=None) -> Self:
+        r"""Add simulations and return this object.
+
+        Args:
+            theta: Parameters, (n, p).
+            x: Summaries, (n, d).
+            score: $\nabla_\theta \log p(x, z | \theta)$ without the prior's, (n, p); for all appended rows or for none.
+
+        Raises:
+            ValueError: Wrong shapes, values that are not finite, theta outside the prior, or scores for only some
+                of the rows.
+        """
+        theta, x = np.asarray(theta), np.asarray(x)
+        score = None if score is None else np.asarray(score)
+        self._check_shapes(theta, x, score)
+        check_finite("theta", theta)
+        check_finite("x", x)
+        if score is not None:
+            check_finite("score", score)
+        self.prior.check(theta)
+        self._rows.append((theta, x, score))
+        return self
+
+    def _check_shapes(self, theta, x, score):
+        p = self.prior.dim
+        if theta.ndim != 2 or theta.shape[1] != p:
+            raise ValueError(f"Expected theta with shape (n, {p}) for {list(self.prior.names)}; got {theta.shape}.")
+        if x.ndim != 2 or len(x) != len(theta) or x.shape[1] < 1:
+            raise ValueError(f"Expected x with shape ({len(theta)}, d), summaries of each row; got {x.shape}.")
+        if score is not None and score.shape != theta.shape:
+            raise ValueError(f"Expected score with shape {theta.shape}, as theta; got {score.shape}.")
+        if not self._rows:
+            return
+        _, x_before, score_before = self._rows[0]
+        if x.shape[1] != x_before.shape[1]:
+            raise ValueError(f"Expected x with {x_before.shape[1]} columns, as appended before; got {x.shape[1]}.")
+        if (score is None) != (score_before is None):
+            with_score = "with" if score_before is not None else "without"
+            raise ValueError(f"Expected rows {with_score} score, as appended before; got the opposite.")
+
+    @abc.abstractmethod
+    def _posterior(self, members: tuple[Member, ...], histories: tuple[History, ...], config_json: str) -> Fitted:
+        """What `fit` returns."""
+
+    @abc.abstractmethod
+    def _roles(self, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(what is modelled, what it is conditioned on), from unconstrained parameters "u" and data "x"."""
+
+    @abc.abstractmethod
+    def _score_in_u(self, theta: Array, score: Array) -> Array:
+        """The score in unconstrained space that the density's own is compared with."""
+
+    @abc.abstractmethod
+    def _standard_score(self, standardiser: Standardiser, score: Array) -> Array:
+        """That score in the standardised parameters."""
+
+    def _along(self, standardiser: Standardiser) -> Array | None:
+        """What the losses need to take the density's score in the condition; None: it is taken in what is modelled."""
+        return None
+
+    def fit(
+        self,
+        key: Key,
+        *,
+        members: int = 4,
+        max_epochs: int | None = None,
+        batch_size: int | None = None,
+        patience: int | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1.0,
+        validation_fraction: float = 0.1,
+        progress: bool = False,
+    ) -> Fitted:
+        """Fit to all appended rows.
+
+        Args:
+            key: Initial weights, validation split and order of the rows.
+            members: Densities to fit, each with its own split and start; the posterior is their equal mixture,
+                which overfits less than any of them (they share one compilation).
+            max_epochs: Most epochs; by default those of about 5 000 steps, at least 50.
+            batch_size: Rows per step; by default 32 to 256, growing with the number of rows.
+            patience: Epochs without improvement before stopping; by default those of about 400 steps, at least 20.
+            learning_rate: First step size of Adam.
+            weight_decay: Decoupled weight decay (as AdamW): towards the linear-Gaussian answer.
+            validation_fraction: Rows kept aside to decide when to stop.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: Fewer than 10 rows.
+        """
+        check_key(key)
+        if len(self) < SMALLEST_N:
+            raise ValueError(f"Expected at least {SMALLEST_N} simulations to fit; got {len(self)}.")
+        if members < 1:
+            raise ValueError(f"Expected members >= 1; got {members}.")
+        rows = self._unconstrained_rows()
+        batch_size = batch_size or int(np.clip(len(self) // 10, 32, 256))
+        patience = patience or max(20, 400 * batch_size // len(self))
+        max_epochs = max_epochs or max(50, 5000 * batch_size // len(self))
+        options: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
+        options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
+        fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
+        config = {
+            "estimator": type(self).__name__,
+            "density": self.density if isinstance(self.density, str) else None,
+            "density_options": self.density_options,
+            "x_dim": int(rows["x"].shape[1]),
+            "members": members,
+            "simulations": len(self),
+            "scores_left_out": int(len(self) - rows["use"].sum()) if "use" in rows else 0,
+        }
+        return self._posterior(tuple(m for m, _ in fits), tuple(h for _, h in fits), json.dumps(config))
+
+    def _unconstrained_rows(self) -> dict[str, np.ndarray]:
+        thetas, xs, scores = zip(*self._rows, strict=True)
+        theta, x = (jnp.asarray(np.concatenate(a), jnp.result_type(float)) for a in (thetas, xs))
+        rows = {"u": self.prior.to_unconstrained(theta), "x": x}
+        if scores[0] is not None and self._uses_scores():
+            score = jnp.asarray(np.concatenate(scores), jnp.result_type(float))
+            rows["score"] = self._score_in_u(theta, score)
+            if isinstance(self.density, str) and not is_smooth(self.density):
+                warnings.warn(f"The density {self.density!r} is not smooth: its score cannot follow.", stacklevel=4)
+        for name, value in rows.items():
+            check_finite(f"{name} in unconstrained space", value)
+        arrays = {name: np.asarray(value) for name, value in rows.items()}
+        if "score" in arrays:
+            arrays["use"] = 1 - score_outliers(arrays["score"]).astype(arrays["score"].dtype)
+        return arrays
+
+    def _uses_scores(self) -> bool:
+        return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))
+
+    def _fit_one(self, key, rows, validation_fraction, options):
+        key_split, key_density, key_linear, key_fit = jax.random.split(key, 4)
+        train, held_out = split_rows(key_split, len(rows["u"]), validation_fraction)
+        modelled, condition = self._roles(rows)
+        standardiser = fit_standardiser(modelled[train], condition[train])
+
+        def standardised(index):
+            c = standardiser.condition(jnp.asarray(condition[index]))
+            out = {"v": standardiser.to_standard(jnp.asarray(modelled[index]), c), "c": c}
+            if "score" in rows:
+                used = rows["score"] * rows["use"][:, None]  # so that no term overflows where it is left out
+                out["score"] = self._standard_score(standardiser, jnp.asarray(used[index]))
+                out["use"] = jnp.asarray(rows["use"][index])
+            return out
+
+        data, validation = standardised(train), standardised(held_out)
+        density = build_density(key_density, self.density, data["v"].shape[1], data["c"].shape[1], self.density_options)
+        loss = self._loss(data, self._along(standardiser))
+        model = ScoredDensity(density)
+        if "score" in data:
+            model = self._linear_start(key_linear, density, data, validation, loss, options)
+        model, history = fit(key_fit, model, data, validation, loss, **options)
+        return Member(standardiser, model.density), history
+
+    def _loss(self, data, along: Array | None) -> AbstractScoreLoss:
+        if "score" not in data:
+            return NegativeLogLikelihood()
+        if isinstance(self.score_weight, str):
+            return MeasuredScore(along)
+        weight = jnp.broadcast_to(jnp.asarray(self.score_weight, data["v"].dtype), (self.prior.dim,))
+        return WeightedScore(weight, along)
+
+    def _linear_start(self, key, density, data, validation, loss, options) -> ScoredDensity:
+        """The density with its linear part, and the noise model, fitted first: few parameters, so little to overfit."""
+        key_level, key_fit = jax.random.split(key)
+        p, d = data["v"].shape[1], data["c"].shape[1]
+        model = ScoredDensity(with_linear_part(StandardNormal((p,)), ConditionalAffine(p, d)))  # type: ignore[call-arg]
+        if isinstance(loss, MeasuredScore):
+            model = ScoredDensity(
+                model.density, first_noise(data["score"] - loss.start(data["v"])), noise_level(key_level, p, d)
+            )
+        rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}
+        model, _ = fit(key_fit, model, data, validation, loss, **(options | rate))
+        return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, model.level)
+
+
+def build_density(key: Key, density: Density, dim: int, condition_dim: int, options: dict[str, Any]) -> Transformed:
+    """The density with a linear part, untrained."""
+    constructor = FLOWS[density] if isinstance(density, str) else density
+    return with_linear_part(constructor(key, dim, condition_dim, **options))
+
+
+def _checked_weight(weight, dim: int) -> str | np.ndarray:
+    if isinstance(weight, str):
+        if weight != "auto":
+            raise ValueError(f"Expected score_weight 'auto', a number or {dim} numbers; got {weight!r}.")
+        return weight
+    value = np.asarray(weight, float)
+    if value.shape not in ((), (1,), (dim,)) or not np.all(np.isfinite(value)) or np.any(value < 0):
+        raise ValueError(f"Expected score_weight 'auto', a number >= 0 or {dim} of them; got {weight!r}.")
+    return value

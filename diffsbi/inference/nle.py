@@ -1,0 +1,172 @@
+r"""Neural likelihood estimation: a density of the summaries given the parameters, and the posterior that it makes."""
+
+import json
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+from diffsbi.inference.estimator import Estimator
+from diffsbi.inference.losses import likelihood_score
+from diffsbi.inference.posterior import Member
+from diffsbi.inference.training import History
+from diffsbi.prior import Prior
+from diffsbi.sampling import Chains, nuts
+
+_CANDIDATES = 2000  # prior draws among which the chains' starts are chosen
+
+
+class LikelihoodPosterior(eqx.Module):
+    r"""$p(\theta) q(x | \theta)$ up to a constant, sampled by NUTS in unconstrained space.
+
+    Attributes:
+        prior: Names, supports, and the map to unconstrained space.
+        members: The fitted densities of x; the likelihood is their equal mixture.
+        histories: How each of them was fitted.
+        config_json: What describes the fit; as a dictionary, `config`.
+        default_x: The data that the methods use where they are given none.
+    """
+
+    prior: Prior
+    members: tuple[Member, ...]
+    histories: tuple[History, ...]
+    config_json: str = eqx.field(static=True)
+    default_x: Array | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.prior.names
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return json.loads(self.config_json)
+
+    @property
+    def x_dim(self) -> int:
+        return self.members[0].standardiser.u_loc.shape[0]
+
+    def condition(self, x: Float[Array, " d"]) -> "LikelihoodPosterior":
+        """The same posterior with `x` as its default data."""
+        return eqx.tree_at(lambda p: p.default_x, self, self._data(x), is_leaf=lambda v: v is None)
+
+    def log_likelihood(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
+        """log q(x | theta), shape `(*n,)`, leading dimensions broadcast against each other; theta inside the prior."""
+        check_trailing("theta", theta, (self.prior.dim,))
+        theta = jnp.asarray(theta, jnp.result_type(float))
+        return _log_likelihood(self.members, self.prior.to_unconstrained(theta), self._data(x))
+
+    def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
+        r"""$\log p(\theta) + \log q(x | \theta)$, the posterior up to a constant; −inf outside the prior's support."""
+        check_trailing("theta", theta, (self.prior.dim,))
+        theta = jnp.asarray(theta, jnp.result_type(float))
+        inside = self.prior.in_support(theta)
+        fiducial = jnp.broadcast_to(self.prior.fiducial.astype(theta.dtype), theta.shape)
+        safe = jnp.where(inside[..., None], theta, fiducial)
+        return jnp.where(inside, self.prior.log_prob(safe) + self.log_likelihood(safe, x), -jnp.inf)
+
+    def chains(
+        self, key: Key, x: Float[Array, " d"] | None = None, *, n_samples: int = 500, n_chains: int = 4, **settings
+    ) -> Chains:
+        """NUTS chains on theta for one observation, with their diagnostics.
+
+        They start at prior draws that are chosen by their likelihood; `settings` are those of `diffsbi.nuts`.
+        """
+        data = self._data(x)
+        check_trailing("x", data, (self.x_dim,))
+        if data.ndim != 1:
+            raise ValueError(f"Expected one observation, x with shape ({self.x_dim},); got {data.shape}.")
+        key_prior, key_choose, key_chain = jax.random.split(check_key(key), 3)
+        u = self.prior.to_unconstrained(self.prior.sample(key_prior, (_CANDIDATES,)))
+        likely = _log_likelihood(self.members, u, data)
+        start = jax.random.categorical(key_choose, jnp.where(jnp.isfinite(likely), likely, -jnp.inf), shape=(n_chains,))
+        # Chains that start at one candidate are told apart by their momenta only: spread them a little.
+        spread = 0.1 * jnp.broadcast_to(jnp.std(u, 0), (n_chains, self.prior.dim))
+        init = u[start] + spread * jax.random.normal(key_choose, (n_chains, self.prior.dim))
+        target = _Target(self.prior, self.members, data)
+        settings = dict(n_warmup=400, chain_method="vectorized", mass="dense") | settings
+        n_warmup = settings.pop("n_warmup")
+        return nuts(
+            target, init, key_chain, n_warmup, n_samples,
+            names=self.names, extract=self.prior.from_unconstrained, **settings,
+        )  # fmt: skip
+
+    def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None, **settings) -> Float[Array, "n *m p"]:
+        """`n` draws of theta, `(n, p)`; `(n, *m, p)` for data with leading dimensions, one set of chains for each.
+
+        The draws are those of `chains`, in random order.
+
+        Raises:
+            ValueError: If `n` < 1, or x has the wrong width, is not finite, or is missing.
+        """
+        if n < 1:
+            raise ValueError(f"Expected n >= 1 draws; got {n}.")
+        data = self._data(x)
+        flat = data.reshape(-1, self.x_dim)
+        n_chains = settings.setdefault("n_chains", 4)
+        draws = []
+        for i, one in enumerate(flat):
+            key_chain, key_order = jax.random.split(jax.random.fold_in(check_key(key), i))
+            chains = self.chains(key_chain, one, n_samples=-(-n // n_chains), **settings)
+            draws.append(jax.random.permutation(key_order, jnp.asarray(chains.flat()))[:n])
+        return jnp.stack(draws, 1).reshape(n, *data.shape[:-1], self.prior.dim)
+
+    def save(self, path) -> None:
+        """Write one file that `load_posterior` reads back."""
+        from diffsbi.inference.persist import save_posterior
+
+        save_posterior(self, path)
+
+    def _data(self, x) -> Array:
+        x = self.default_x if x is None else x
+        if x is None:
+            raise ValueError("Expected data x=..., or a posterior with default data from .condition(x); got neither.")
+        check_trailing("x", x, (self.x_dim,))
+        if not isinstance(x, jax.core.Tracer):
+            check_finite("x", np.asarray(x))
+        return jnp.asarray(x, jnp.result_type(float))
+
+
+class _Target(eqx.Module):
+    prior: Prior
+    members: tuple[Member, ...]
+    x: Array
+
+    def __call__(self, u):
+        return self.prior.log_prob_unconstrained(u) + _log_likelihood(self.members, u, self.x)
+
+
+def _log_likelihood(members, u, x) -> Array:
+    batch = jnp.broadcast_shapes(u.shape[:-1], x.shape[:-1])
+    wide_u, wide_x = (jnp.broadcast_to(a, (*batch, a.shape[-1])) for a in (u, x))
+    values = jnp.stack([m.log_prob(wide_x, wide_u) for m in members])
+    return jax.nn.logsumexp(values, axis=0) - jnp.log(len(members))
+
+
+class NLE(Estimator[LikelihoodPosterior]):
+    r"""Neural likelihood estimation: $q(x | \theta)$, trained on its likelihood and on its score in theta.
+
+    Data are standardised by their linear regression on the whitened unconstrained parameters c (`Standardiser`). The
+    target of $\nabla_c \log q(x | c)$ is the joint score $W^{-T} J^T \nabla_\theta \log p(x, z | \theta)$, of which the
+    mean given (theta, x) is the likelihood's own (Fisher's identity). The proposal of theta may be any: no prior
+    enters the fit.
+
+    Arguments as `Estimator`.
+    """
+
+    def _roles(self, rows):
+        return rows["x"], rows["u"]
+
+    def _score_in_u(self, theta, score):
+        return likelihood_score(self.prior, theta, score)
+
+    def _standard_score(self, standardiser, score):
+        return jnp.linalg.solve(standardiser.whiten.T, score.T).T
+
+    def _along(self, standardiser):
+        return -jax.scipy.linalg.solve_triangular(standardiser.lower, standardiser.slope, lower=True)
+
+    def _posterior(self, members, histories, config_json):
+        return LikelihoodPosterior(self.prior, members, histories, config_json)

@@ -1,0 +1,139 @@
+"""Neural likelihood estimation against a likelihood and a posterior that are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffsbi as ds
+from diffsbi.inference import load_posterior
+from diffsbi.inference.losses import MeasuredScore, WeightedScore
+from diffsbi.inference.standardise import fit_standardiser
+
+SMALL = {"width": 16, "depth": 1, "layers": 2, "ramps": 4}
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
+
+
+@pytest.fixture(scope="module")
+def scored(linear):
+    draws = linear.draw(jax.random.key(1), 60, latents="whitened")
+    return ds.NLE(linear, density_options=SMALL).append(draws.theta, draws.x, draws.score).fit(jax.random.key(2))
+
+
+def test_sixty_scored_simulations_give_the_exact_posterior(linear, scored):
+    x = linear.draw(jax.random.key(9), 1, with_score=False).x[0]
+    chains = scored.chains(jax.random.key(3), x)
+    mean, covariance = linear.posterior(x)
+    width = np.sqrt(np.diag(covariance))
+    summary = chains.summary().values()
+    assert max(row.rhat for row in summary) < 1.02
+    np.testing.assert_allclose((chains.flat().mean(0) - mean) / width, 0.0, atol=0.15)
+    np.testing.assert_allclose(chains.flat().std(0) / width, 1.0, atol=0.1)
+
+
+def test_log_likelihood_is_normalised_and_near_the_exact_one(linear, scored):
+    draws = linear.draw(jax.random.key(5), 200, with_score=False)
+    learned = scored.log_likelihood(draws.theta, draws.x)
+    exact = jax.vmap(linear.log_likelihood)(draws.theta, draws.x)
+    # The mean is a Kullback-Leibler divergence: not negative for anything that is normalised.
+    assert -0.02 < float(jnp.mean(exact - learned)) < 0.15
+
+
+def test_scores_need_fewer_simulations(linear):
+    test = linear.draw(jax.random.key(6), 300, with_score=False)
+    exact = jax.vmap(linear.log_likelihood)(test.theta, test.x)
+    draws = linear.draw(jax.random.key(7), 20, latents="whitened")
+    loss = {}
+    for name, score in (("without", None), ("with", draws.score)):
+        fitted = ds.NLE(linear, density_options=SMALL).append(draws.theta, draws.x, score).fit(jax.random.key(8))
+        loss[name] = float(jnp.mean(exact - fitted.log_likelihood(test.theta, test.x)))
+    assert loss["with"] < 0.7 * loss["without"]
+
+
+@pytest.mark.parametrize("loss", [MeasuredScore, lambda along: WeightedScore(jnp.ones(2), along)])
+def test_the_losses_score_is_the_derivative_in_the_condition_at_fixed_data(x64, linear, loss):
+    """d/dc of log q(v(c) | c), by finite differences in the parameters."""
+    draws = linear.draw(jax.random.key(1), 30)
+    u, x = linear.prior.to_unconstrained(draws.theta), draws.x
+    estimator = ds.NLE(linear)
+    standardiser = fit_standardiser(x, u)
+    c = standardiser.condition(u)
+
+    class Density:
+        def log_prob(self, v, c):
+            return -0.5 * jnp.sum((v - 0.3 * v**2 - jnp.tanh(c @ jnp.ones((2, 4)))) ** 2, -1)
+
+    batch = {"v": standardiser.to_standard(x, c), "c": c, "score": jnp.zeros_like(c)}
+    _, residual = loss(estimator._along(standardiser)).value_and_residual(Density(), batch)
+    step, numeric = 1e-5, []
+    for i in range(2):
+        move = step * jnp.eye(2)[i]
+        ends = [
+            Density().log_prob(standardiser.to_standard(x, e), e)
+            for e in (c + jnp.broadcast_to(move, c.shape), c - jnp.broadcast_to(move, c.shape))
+        ]
+        numeric.append((ends[0] - ends[1]) / (2 * step))
+    np.testing.assert_allclose(-residual, jnp.stack(numeric, -1), rtol=1e-6, atol=1e-7)
+
+
+def test_the_exact_score_is_what_the_rows_are_given(x64):
+    """The standardised target of a row is the derivative of the exact log-likelihood in its standardised parameters."""
+    linear = ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
+    draws = linear.draw(jax.random.key(1), 30, latents="whitened")
+    estimator = ds.NLE(linear)
+    u = linear.prior.to_unconstrained(draws.theta)
+    standardiser = fit_standardiser(draws.x, u)
+    target = estimator._standard_score(standardiser, estimator._score_in_u(draws.theta, draws.score))
+
+    def exact(c, x):
+        u = jnp.linalg.solve(standardiser.whiten, c) + standardiser.x_loc
+        return linear.log_likelihood(linear.prior.from_unconstrained(u), x)
+
+    expected = jax.vmap(jax.grad(exact))(standardiser.condition(u), draws.x)
+    np.testing.assert_allclose(target, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_several_observations_and_the_unnormalised_density(linear, scored):
+    x = linear.draw(jax.random.key(9), 2, with_score=False).x
+    theta = scored.sample(jax.random.key(0), 50, x, n_warmup=50)
+    assert theta.shape == (50, 2, 2)
+    assert scored.condition(x[0]).sample(jax.random.key(0), 7, n_warmup=20).shape == (7, 2)
+    value = scored.log_prob(theta[:, 0], x[0])
+    expected = linear.prior.log_prob(theta[:, 0]) + scored.log_likelihood(theta[:, 0], x[0])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_outside_the_prior_the_posterior_is_zero():
+    sim = ds.lotka_volterra()
+    draws = sim.draw(jax.random.key(0), 12, with_score=False)
+    x = jnp.log(draws.x.reshape(12, -1))[:, :3]
+    fitted = ds.NLE(sim, density_options=SMALL).append(draws.theta, x).fit(jax.random.key(1), members=1, max_epochs=1)
+    assert fitted.log_prob(-draws.theta[:1], x[:1])[0] == -jnp.inf
+    assert np.isfinite(jax.grad(lambda t: fitted.log_prob(t, x[0]))(-draws.theta[0])).all()
+
+
+def test_round_trip(linear, scored, tmp_path):
+    x = linear.draw(jax.random.key(9), 1, with_score=False).x[0]
+    scored.condition(x).save(tmp_path / "likelihood")
+    back = load_posterior(tmp_path / "likelihood")
+    theta = linear.prior.sample(jax.random.key(4), (5,))
+    np.testing.assert_array_equal(back.log_prob(theta), scored.log_prob(theta, x))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda p: p.sample(jax.random.key(0), 0), "Expected n >= 1 draws; got 0"),
+        (lambda p: p.sample(jax.random.key(0), 5), "Expected data x="),
+        (lambda p: p.chains(jax.random.key(0), jnp.zeros((2, 4))), "Expected one observation"),
+        (lambda p: p.log_prob(jnp.zeros(2), jnp.zeros(3)), "3"),
+        (lambda p: p.condition(jnp.full(4, jnp.nan)), "x"),
+    ],
+)
+def test_refusals(scored, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(scored)
