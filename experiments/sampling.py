@@ -74,9 +74,8 @@ def measure(cfg: Config, n_pix: int, name: str, out: Path) -> dict:
     """One sampler on one simulated map, from its folder if it was done."""
     folder = folder_of(out, n_pix, name)
     if not (folder / "row.json").exists():
-        sim = ds.lsst_y10(n_pix=n_pix, side_deg=n_pix * 10 / 256)
+        sim, x = observed(cfg, n_pix)
         key = jax.random.fold_in(jax.random.key(cfg.seed), n_pix)
-        x = sim.draw(key, 1, sim.fiducial, with_score=False).x[0]
         settings = dict(until_ess=cfg.ess, n_samples=cfg.draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
         print(f"{n_pix}² × 5: {name}", flush=True)
         start = time.monotonic()
@@ -89,6 +88,13 @@ def measure(cfg: Config, n_pix: int, name: str, out: Path) -> dict:
     row = read_json(folder / "row.json")
     reference = folder_of(out, n_pix, REFERENCE)
     return row | (bias(load_chains(folder), load_chains(reference)) if name != REFERENCE else {})
+
+
+def observed(cfg: Config, n_pix: int) -> tuple[ds.LensingMaps, jax.Array]:
+    """The survey of one size and the map that all chains are given, drawn at the fiducial."""
+    sim = ds.lsst_y10(n_pix=n_pix, side_deg=n_pix * 10 / 256)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), n_pix)
+    return sim, sim.draw(key, 1, sim.fiducial, with_score=False).x[0]
 
 
 def folder_of(out: Path, n_pix: int, name: str) -> Path:
