@@ -180,6 +180,36 @@ def cost_with_size(sizes, cost: Mapping[str, Sequence[float]], fits: Mapping[str
     return figure
 
 
+def curves(
+    rows: Sequence[tuple[str, float, float, float]],
+    xlabel: str,
+    ylabel: str,
+    levels: Mapping[str, float],
+    title: str = "",
+) -> Figure:
+    """Points with error bars, joined within each curve, on logarithmic axes, and named horizontal lines.
+
+    Args:
+        rows: (curve, x, y, standard error of y).
+        xlabel: Label of x.
+        ylabel: Label of y.
+        levels: Name → height of a dashed line.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(4.2, 3.2)
+        axis = figure.subplots()
+        names = list(dict.fromkeys(name for name, *_ in rows))
+        for i, name in enumerate(names):
+            x, y, error = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
+            axis.errorbar(x, y, error, fmt="o-", ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)], label=name)
+        for name, level in levels.items():
+            axis.axhline(level, color="0.4", lw=0.8, ls="--")
+            axis.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+        axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+        axis.legend()
+    return figure
+
+
 def spectra(
     ell,
     measured,

@@ -1,9 +1,9 @@
 """How many simulations do scores save on lensing maps? NPE and NLE, without scores and with scores of less noise.
 
 One simulated LSST-Y10 map; every posterior is compared with the converged full-field chain of that map by C2ST. Maps
-are compressed to a number for each parameter (score compression at the fiducial), which loses some of their information:
-no posterior given these numbers comes nearer to the full field's than that allows. Each seed has simulations of its
-own; those of a smaller N are the first ones of a larger.
+are compressed to a number for each parameter (score compression at the fiducial), which loses some information: no
+posterior given these numbers comes nearer to the full field's than that allows. Each seed has simulations of its own;
+those of a smaller N are the first ones of a larger.
 """
 
 import dataclasses
