@@ -3,6 +3,7 @@
 from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.nle import NLE, LikelihoodPosterior
 from diffsbi.inference.npe import NPE
+from diffsbi.inference.nre import NRE
 from diffsbi.inference.persist import load_posterior, prior_from_json, prior_to_json
 from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.training import History, fit, split_rows
@@ -10,6 +11,7 @@ from diffsbi.inference.training import History, fit, split_rows
 __all__ = [
     "NLE",
     "NPE",
+    "NRE",
     "History",
     "LikelihoodPosterior",
     "Member",

@@ -16,6 +16,7 @@ from diffsbi.flows import FLOWS, is_smooth
 from diffsbi.flows.affine import ConditionalAffine, with_linear_part
 from diffsbi.inference.losses import (
     AbstractScoreLoss,
+    Contrast,
     MeasuredScore,
     NegativeLogLikelihood,
     ScoredDensity,
@@ -50,6 +51,9 @@ class Estimator(abc.ABC, Generic[Fitted]):
             number $\lambda$ or one per standardised parameter (`WeightedScore`). 0 ignores the scores.
         density_options: Further keywords of the density's constructor.
     """
+
+    contrast: Contrast | None = None
+    _member: type[Member] = Member
 
     def __init__(
         self, prior, density: Density = None, *, score_weight="auto", density_options: dict[str, Any] | None = None
@@ -197,6 +201,14 @@ class Estimator(abc.ABC, Generic[Fitted]):
     def _uses_scores(self) -> bool:
         return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))
 
+    def _more(self, standardiser: Standardiser, v: Array, c: Array) -> dict[str, Array]:
+        """Further columns of the rows, for the loss."""
+        return {}
+
+    def _density(self, key: Key, dim: int, condition_dim: int):
+        """What is trained, untrained."""
+        return build_density(key, self.density, dim, condition_dim, self.density_options)
+
     def _fit_one(self, key, rows, validation_fraction, options):
         key_split, key_density, key_linear, key_fit = jax.random.split(key, 4)
         train, held_out = split_rows(key_split, len(rows["u"]), validation_fraction)
@@ -210,24 +222,24 @@ class Estimator(abc.ABC, Generic[Fitted]):
                 used = rows["score"] * rows["use"][:, None]  # so that no term overflows where it is left out
                 out["score"] = self._standard_score(standardiser, jnp.asarray(used[index]))
                 out["use"] = jnp.asarray(rows["use"][index])
-            return out
+            return out | self._more(standardiser, out["v"], c)
 
         data, validation = standardised(train), standardised(held_out)
-        density = build_density(key_density, self.density, data["v"].shape[1], data["c"].shape[1], self.density_options)
+        density = self._density(key_density, data["v"].shape[1], data["c"].shape[1])
         loss = self._loss(data, self._along(standardiser))
         model = ScoredDensity(density)
         if "score" in data:
             model = self._linear_start(key_linear, density, data, validation, loss, options)
         model, history = fit(key_fit, model, data, validation, loss, **options)
-        return Member(standardiser, model.density), history
+        return self._member(standardiser, model.density), history
 
     def _loss(self, data, along: Array | None) -> AbstractScoreLoss:
         if "score" not in data:
-            return NegativeLogLikelihood()
+            return NegativeLogLikelihood(along, self.contrast)
         if isinstance(self.score_weight, str):
-            return MeasuredScore(along)
+            return MeasuredScore(along, self.contrast)
         weight = jnp.broadcast_to(jnp.asarray(self.score_weight, data["v"].dtype), (self.prior.dim,))
-        return WeightedScore(weight, along)
+        return WeightedScore(weight, along, self.contrast)
 
     def _linear_start(self, key, density, data, validation, loss, options) -> ScoredDensity:
         """The density with its linear part, and the noise model, fitted first: few parameters, so little to overfit."""

@@ -85,6 +85,11 @@ class AbstractScoreLoss(eqx.Module):
     """
 
     along: eqx.AbstractVar[Float[Array, "m d"] | None]
+    contrast: eqx.AbstractVar["Contrast | None"]
+
+    def first_term(self, density, batch, value: Float[Array, " n"]) -> Array:
+        """What is minimised beside the score: the negative log-likelihood, or a contrast for a ratio."""
+        return -jnp.mean(value) if self.contrast is None else self.contrast(density, batch, self.along)
 
     def start(self, v: Float[Array, "n m"]) -> Float[Array, "n p"]:
         """The score of the density that training starts at, a standard normal."""
@@ -109,13 +114,45 @@ class AbstractScoreLoss(eqx.Module):
         """Mean over the batch."""
 
 
+class Contrast(eqx.Module):
+    r"""The contrastive loss of neural ratio estimation, NRE-C (Miller et al. 2022, arXiv:2210.06170).
+
+    With $r(x, \theta) = e^f$ meant to be $p(x|\theta)/p(x)$, K parameters $\theta_k$ and odds $\gamma$:
+    $-\frac{\gamma}{1+\gamma}\langle\log\frac{\gamma r(x,\theta_1)}{K + \gamma\sum_k r(x,\theta_k)}\rangle_{x|\theta_1}
+    - \frac{1}{1+\gamma}\langle\log\frac{K}{K + \gamma\sum_k r(x,\theta_k)}\rangle_{x\ \mathrm{alone}}$. K = γ = 1 is
+    the cross-entropy. The other parameters are those of the next rows of the batch. `batch["offset"]` is added to f.
+    """
+
+    n_classes: int = eqx.field(static=True)
+    gamma: float = eqx.field(static=True)
+
+    def __call__(self, ratio, batch, along: Float[Array, "m d"]) -> Array:
+        v, c = batch["v"], batch["c"]
+        k = min(self.n_classes, len(v) - 1)
+        rows = []
+        for shift in range(k + 1):
+            other = jnp.roll(c, -shift, axis=0)
+            rows.append(ratio.log_prob(v + (other - c) @ along.T, other) + batch["offset"])
+        f = jnp.stack(rows)
+
+        def denominator(f):  # log(K + γ Σ r)
+            return jnp.logaddexp(jnp.log(float(k)), jnp.log(self.gamma) + jax.nn.logsumexp(f, axis=0))
+
+        together = jnp.log(self.gamma) + f[0] - denominator(f[:k])
+        alone = jnp.log(float(k)) - denominator(f[1:])
+        return -(self.gamma * jnp.mean(together) + jnp.mean(alone)) / (1 + self.gamma)
+
+
 class NegativeLogLikelihood(AbstractScoreLoss):
-    r"""$-\langle \log q(v | c) \rangle$."""
+    r"""$-\langle \log q(v | c) \rangle$, or the contrast, and no score."""
 
     along: Array | None = None
+    contrast: Contrast | None = None
 
     def __call__(self, params, static, batch, key):
-        return -jnp.mean(eqx.combine(params, static).density.log_prob(batch["v"], batch["c"]))
+        density = eqx.combine(params, static).density
+        value = density.log_prob(batch["v"], batch["c"]) if self.contrast is None else jnp.zeros(())
+        return self.first_term(density, batch, value)
 
 
 class WeightedScore(AbstractScoreLoss):
@@ -127,10 +164,12 @@ class WeightedScore(AbstractScoreLoss):
 
     weight: Float[Array, " p"]
     along: Array | None = None
+    contrast: Contrast | None = None
 
     def __call__(self, params, static, batch, key):
-        value, residual = self.value_and_residual(eqx.combine(params, static).density, batch)
-        return -jnp.mean(value) + jnp.mean(batch["use"] * (residual**2 @ self.weight))
+        density = eqx.combine(params, static).density
+        value, residual = self.value_and_residual(density, batch)
+        return self.first_term(density, batch, value) + jnp.mean(batch["use"] * (residual**2 @ self.weight))
 
 
 class MeasuredScore(AbstractScoreLoss):
@@ -144,6 +183,7 @@ class MeasuredScore(AbstractScoreLoss):
     """
 
     along: Array | None = None
+    contrast: Contrast | None = None
 
     def __call__(self, params, static, batch, key):
         model = eqx.combine(params, static)
@@ -151,7 +191,8 @@ class MeasuredScore(AbstractScoreLoss):
         white, log_det = model.whiten_noise(residual)
         level = model.log_level(batch["v"], batch["c"])
         distance = jnp.sum(white**2, -1) * jnp.exp(-2 * level)
-        return jnp.mean(-value + batch["use"] * (0.5 * distance + level * residual.shape[-1] - log_det))
+        of_score = batch["use"] * (0.5 * distance + level * residual.shape[-1] - log_det)
+        return self.first_term(model.density, batch, value) + jnp.mean(of_score)
 
 
 def noise_level(key: Key, dim: int, condition_dim: int) -> eqx.nn.MLP:

@@ -24,6 +24,7 @@ from numpyro.distributions.truncated import (
 from diffsbi._types import check_names
 from diffsbi.inference.estimator import build_density
 from diffsbi.inference.nle import LikelihoodPosterior
+from diffsbi.inference.nre import RatioMember, ratio_network
 from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.standardise import Standardiser
 from diffsbi.inference.training import History
@@ -136,7 +137,7 @@ def load_posterior(
         )
     members, default_x = eqx.tree_deserialise_leaves(io.BytesIO(payload), (like, empty_x))
     histories = tuple(_history_from_json(h) for h in header["histories"])
-    kind = LikelihoodPosterior if config.get("estimator") == "NLE" else Posterior
+    kind = LikelihoodPosterior if _models_data(config) else Posterior
     return kind(prior, members, histories, json.dumps(config), default_x)
 
 
@@ -177,10 +178,17 @@ def _matching_prior(path, header, names, prior: Prior | None) -> Prior:
 
 
 def _empty_member(density, dim: int, config: dict[str, Any]) -> Member:
-    of, given = (config["x_dim"], dim) if config.get("estimator") == "NLE" else (dim, config["x_dim"])
+    of, given = (config["x_dim"], dim) if _models_data(config) else (dim, config["x_dim"])
     shapes = ((given,), (given, given), (of,), (of, given), (of, of))
     standardiser = Standardiser(*(jnp.zeros(shape) for shape in shapes))
+    if config.get("estimator") == "NRE":
+        return RatioMember(standardiser, ratio_network(jax.random.key(0), of, given, **config["density_options"]))
     return Member(standardiser, build_density(jax.random.key(0), density, of, given, config["density_options"]))
+
+
+def _models_data(config: dict[str, Any]) -> bool:
+    """Whether the members are densities (or ratios) of the data given the parameters."""
+    return config.get("estimator") in ("NLE", "NRE")
 
 
 def _shapes(members) -> list[list[int]]:

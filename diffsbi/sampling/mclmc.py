@@ -16,10 +16,12 @@ from blackjax.util import generate_unit_vector
 
 from diffsbi._types import Array
 from diffsbi.sampling.chains import Chains
+from diffsbi.sampling.hmc import AIM
 from diffsbi.sampling.kernels import UNKNOWN, AbstractKernel, Record, all_finite, size
 from diffsbi.sampling.runner import sample
 
 GRADIENTS = 2  # of one step of the isokinetic McLachlan integrator
+MOST_STEPS = 200.0  # of one proposal, on average
 
 
 class _State(NamedTuple):
@@ -68,7 +70,7 @@ class MCLMCKernel(AbstractKernel):
         else:
             inner = IntegratorState(position, generate_unit_vector(key_momentum, position), low, still)
         step_size = jnp.asarray(self.step_size, dtype)
-        tuning = dual_averaging_adaptation(self.target_accept)[0](step_size) if self.adjusted else jnp.zeros(2, dtype)
+        tuning = self._dual_averaging()[0](AIM * step_size) if self.adjusted else jnp.zeros(2, dtype)
         return _State(inner, key, jnp.asarray(-1), step_size, tuning)
 
     def position(self, state):
@@ -96,13 +98,17 @@ class MCLMCKernel(AbstractKernel):
         mean = jnp.maximum(length / step, 1.0)
         steps_of = lambda key, mean: jnp.ceil(mean * jax.random.uniform(key, minval=0.6, maxval=1.4)).astype(int)  # noqa: E731
         kernel = adjusted_mclmc.build_kernel(integration_steps_fn=steps_of)
-        count = jnp.where(starting, 1.0, jnp.minimum(mean, 1000.0))
+        count = jnp.where(starting, 1.0, jnp.minimum(mean, MOST_STEPS))
         inner, info = kernel(key, state.inner, self.log_density, step, integration_steps_params=(count,))
-        _, update, final = dual_averaging_adaptation(self.target_accept)
+        _, update, final = self._dual_averaging()
         tuning = update(state.tuning, jnp.where(jnp.isfinite(info.acceptance_rate), info.acceptance_rate, 0.0))
         last = state.i >= self.n_warmup - 1
         tuned = jnp.where(last, final(tuning), jnp.exp(tuning.log_step_size)).astype(step.dtype)
         return inner, tuning, tuned, info.is_divergent, info.num_integration_steps
+
+    def _dual_averaging(self):
+        # A tenth of the usual swings: a step that is far too small costs hundreds of gradients.
+        return dual_averaging_adaptation(self.target_accept, gamma=0.5)
 
     def _unadjusted(self, state, key, step, length, starting):
         kernel = unadjusted_mclmc.build_kernel()
