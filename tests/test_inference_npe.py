@@ -9,9 +9,11 @@ import numpyro.distributions as dist
 import pytest
 
 from diffsbi.inference import NPE, posterior_score
+from diffsbi.inference.checks import score_warnings
 from diffsbi.inference.losses import MeasuredScore, ScoredDensity, first_noise
 from diffsbi.inference.standardise import fit_standardiser
 from diffsbi.prior import Prior
+from diffsbi.simulators.linear_gaussian import linear_gaussian
 
 SMALL = {"layers": 1, "width": 16, "depth": 1, "ramps": 4}
 A = np.array([[1.5, 0.3], [-0.4, 0.8]])
@@ -234,6 +236,43 @@ def test_bad_rows_are_named():
             npe().append(*arguments)
     with pytest.raises(ValueError, match="a inside the prior's support.*got -0.5"):
         npe(prior=bounded_prior()).append(np.array([[-0.5, -1.0]]), x[:1])
+
+
+def test_rows_that_are_not_finite_can_be_left_out():
+    theta, x, score = rows()
+    spoiled = (theta, changed(x, 4, np.inf), changed(score, (7, 1), np.nan))
+    with pytest.warns(UserWarning, match=r"Left out 2 of 20 rows that are not finite \(x in 1, score in 1\)"):
+        estimator = npe().append(*spoiled, on_invalid="drop")
+    assert len(estimator) == 18
+    with pytest.raises(ValueError, match="'droop'"):
+        npe().append(*rows(), on_invalid="droop")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_in_another_order_or_with_the_prior_are_seen(seed):
+    sim = linear_gaussian(dim=3, n_latents=3, n_data=6, scale=0.3)
+    draws = sim.draw(jax.random.key(seed), 400, latents="whitened")
+    with_prior = draws.score - draws.theta / 0.3**2
+    swapped = draws.score[:, np.array([1, 0, 2])]
+    seen = {}
+    for name, score in (("right", draws.score), ("prior", with_prior), ("order", swapped)):
+        seen[name] = score_warnings(sim.names, draws.theta, draws.x, score, -draws.theta / 0.3**2)
+    assert seen["right"] == []
+    assert any("WITHOUT the prior's" in message for message in seen["prior"])
+    assert seen["order"] == [
+        "The scores look as if they were in the order ['theta_2', 'theta_1', 'theta_3'], not "
+        "['theta_1', 'theta_2', 'theta_3']."
+    ]
+
+
+def test_a_suspicious_score_is_told_when_fitting():
+    sim = linear_gaussian(dim=3, n_latents=3, n_data=6)
+    draws = sim.draw(jax.random.key(0), 200, latents="whitened")
+    swapped = draws.score[:, np.array([1, 0, 2])]
+    with pytest.warns(UserWarning, match="look as if they were in the order"):
+        NPE(sim, density_options=SMALL).append(draws.theta, draws.x, swapped).fit(
+            jax.random.key(1), members=1, max_epochs=1
+        )
 
 
 def test_appended_rows_must_agree():

@@ -14,6 +14,7 @@ from flowjax.distributions import AbstractDistribution, StandardNormal, Transfor
 from diffsbi._types import Array, Key, check_finite, check_key, check_names
 from diffsbi.flows import FLOWS, is_smooth
 from diffsbi.flows.affine import ConditionalAffine, with_linear_part
+from diffsbi.inference.checks import score_warnings
 from diffsbi.inference.losses import (
     AbstractScoreLoss,
     Contrast,
@@ -22,6 +23,7 @@ from diffsbi.inference.losses import (
     ScoredDensity,
     WeightedScore,
     first_noise,
+    likelihood_score,
     noise_level,
     score_outliers,
 )
@@ -69,13 +71,15 @@ class Estimator(abc.ABC, Generic[Fitted]):
     def __len__(self) -> int:
         return sum(len(theta) for theta, _, _ in self._rows)
 
-    def append(self, theta, x, score=None) -> Self:
+    def append(self, theta, x, score=None, *, on_invalid: str = "raise") -> Self:
         r"""Add simulations and return this object.
 
         Args:
             theta: Parameters, (n, p).
             x: Summaries, (n, d).
             score: $\nabla_\theta \log p(x, z | \theta)$ without the prior's, (n, p); for all appended rows or for none.
+            on_invalid: "raise", or "drop": rows with a number that is not finite are left out, with a warning that
+                says how many; the fit is then biased wherever such rows are likelier than elsewhere.
 
         Raises:
             ValueError: Wrong shapes, values that are not finite, theta outside the prior, or scores for only some
@@ -84,6 +88,9 @@ class Estimator(abc.ABC, Generic[Fitted]):
         theta, x = np.asarray(theta), np.asarray(x)
         score = None if score is None else np.asarray(score)
         self._check_shapes(theta, x, score)
+        check_names([on_invalid], ["raise", "drop"], "on_invalid")
+        if on_invalid == "drop":
+            theta, x, score = _finite_rows(theta, x, score)
         check_finite("theta", theta)
         check_finite("x", x)
         if score is not None:
@@ -189,8 +196,12 @@ class Estimator(abc.ABC, Generic[Fitted]):
         if scores[0] is not None and self._uses_scores():
             score = jnp.asarray(np.concatenate(scores), jnp.result_type(float))
             rows["score"] = self._score_in_u(theta, score)
+            prior_score = jax.vmap(jax.grad(self.prior.log_prob_unconstrained))(rows["u"])
+            in_u = likelihood_score(self.prior, theta, score)
+            for message in score_warnings(self.prior.names, rows["u"], x, in_u, prior_score):
+                warnings.warn(message, stacklevel=3)
             if isinstance(self.density, str) and not is_smooth(self.density):
-                warnings.warn(f"The density {self.density!r} is not smooth: its score cannot follow.", stacklevel=4)
+                warnings.warn(f"The density {self.density!r} is not smooth: its score cannot follow.", stacklevel=3)
         for name, value in rows.items():
             check_finite(f"{name} in unconstrained space", value)
         arrays = {name: np.asarray(value) for name, value in rows.items()}
@@ -253,6 +264,21 @@ class Estimator(abc.ABC, Generic[Fitted]):
         rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}
         model, _ = fit(key_fit, model, data, validation, loss, **(options | rate))
         return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, model.level)
+
+
+def _finite_rows(theta, x, score):
+    """The rows in which every number is finite."""
+    named = {"theta": theta, "x": x} | ({} if score is None else {"score": score})
+    bad = {name: ~np.isfinite(a).all(1) for name, a in named.items()}
+    keep = ~np.logical_or.reduce(list(bad.values()))
+    if not keep.all():
+        where = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
+        warnings.warn(
+            f"Left out {int((~keep).sum())} of {len(keep)} rows that are not finite ({where}): the fit is biased "
+            "wherever such rows are likelier than elsewhere.",
+            stacklevel=3,
+        )
+    return theta[keep], x[keep], None if score is None else score[keep]
 
 
 def build_density(key: Key, density: Density, dim: int, condition_dim: int, options: dict[str, Any]) -> Transformed:

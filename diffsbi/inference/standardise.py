@@ -54,10 +54,10 @@ class Standardiser(eqx.Module):
 def fit_standardiser(u, x) -> Standardiser:
     """The `Standardiser` of the rows `u (n, p)` and `x (n, d)`; the ridge is the one of least leave-one-out error."""
     u, x = np.asarray(u, np.float64), np.asarray(x, np.float64)
-    x_loc, whiten = _whitening(x)
+    x_loc, whiten = whitening(x)
     c = (x - x_loc) @ whiten.T
     u_loc = u.mean(0)
-    slope, residual = _ridge(c, u - u_loc)
+    slope, residual = ridge_regression(c, u - u_loc)
     covariance = residual.T @ residual / len(u)
     scale = np.sqrt(np.maximum(np.diag(covariance), 1e-12 * np.maximum(u.var(0), 1e-12)))
     correlation = covariance / np.outer(scale, scale) + 1e-6 * np.eye(len(scale))
@@ -65,7 +65,7 @@ def fit_standardiser(u, x) -> Standardiser:
     return Standardiser(*(jnp.asarray(a, jnp.result_type(float)) for a in (x_loc, whiten, u_loc, slope, lower)))
 
 
-def _whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and whitening matrix; only a scaling of each column where the rows are too few to know correlations."""
     n, d = x.shape
     loc, scale = x.mean(0), x.std(0)
@@ -77,7 +77,7 @@ def _whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return loc, (vectors / np.sqrt(values)).T / scale
 
 
-def _ridge(c: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ridge_regression(c: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     r"""Slope (p, d) of the ridge regression of u on c, and its leave-one-out residuals $e_i / (1 - h_{ii})$."""
     n = len(u)
     left, singular, right = np.linalg.svd(c, full_matrices=False)

@@ -1,0 +1,90 @@
+r"""Are these scores what they are said to be? Identities that the scores of any simulator fulfil."""
+
+import itertools
+
+import numpy as np
+
+from diffsbi._types import Array, Float
+from diffsbi.inference.standardise import ridge_regression, whitening
+
+_SIGNIFICANT = 5.0  # standard errors
+_LEAST_ROWS = 50
+
+
+def score_warnings(
+    names: tuple[str, ...],
+    theta: Float[Array, "n p"],
+    x: Float[Array, "n d"],
+    score: Float[Array, "n p"],
+    prior_score: Float[Array, "n p"],
+) -> list[str]:
+    r"""What is wrong with the scores $s = \nabla_\theta\log p(x, z|\theta)$, in words; empty where nothing is seen.
+
+    Two identities hold for every simulator: $\langle s | \theta \rangle = 0$, so that s does not correlate with the
+    prior's gradient; and $\langle s_a f(x) \rangle_{x|\theta} = \partial_a \langle f | \theta \rangle$, so that the
+    covariance of $s_a$ with the data follows the data's dependence on parameter a and on no other.
+
+    Args:
+        names: Names of the parameters.
+        theta: Parameters, in a space without bounds.
+        x: Data.
+        score: Scores without the prior's, in that space.
+        prior_score: Gradient of the log-prior there.
+    """
+    parameters, data, scores, gradients = (np.asarray(a, float) for a in (theta, x, score, prior_score))
+    if len(parameters) < _LEAST_ROWS:
+        return []
+    far = 10 * 1.4826 * np.median(np.abs(scores - np.median(scores, 0)), 0) + 1e-300
+    scores = np.clip(scores, -far, far)
+    return [*_with_prior(names, scores, gradients), *_other_order(names, parameters, data, scores)]
+
+
+def _with_prior(names, score, prior_score) -> list[str]:
+    """The slope of s on the prior's gradient: 0, or 1 where that gradient was left in."""
+    out = []
+    for name, s, g in zip(names, score.T, prior_score.T, strict=True):
+        g = g - g.mean()
+        if g.std() < 1e-6 * max(s.std(), 1e-300):
+            continue
+        slope = (g @ s) / (g @ g)
+        error = np.sqrt(np.mean((s - slope * g) ** 2) / (g @ g))
+        if abs(slope) > _SIGNIFICANT * error and abs(slope - 1) < _SIGNIFICANT * error:
+            out.append(
+                f"The score of {name} follows the prior's gradient (slope {slope:.2f} ± {error:.2f}, expected 0): "
+                "scores are expected WITHOUT the prior's."
+            )
+    return out
+
+
+def _other_order(names, theta, x, score) -> list[str]:
+    """Whether another order of the parameters explains the covariance of scores and data much better than theirs."""
+    p = len(names)
+    if p < 2:
+        return []
+    _, whiten = whitening(x)
+    theta = theta - theta.mean(0)
+    # The data as the p combinations that know most of theta, uncorrelated: what their response to theta is.
+    coefficients, _ = ridge_regression((x - x.mean(0)) @ whiten.T, theta)
+    t = (x - x.mean(0)) @ whiten.T @ coefficients.T
+    t = t @ whitening(t)[1].T
+    slope = np.linalg.lstsq(theta, t, rcond=None)[0]  # (parameter, combination)
+    products = score[:, :, None] * (t - theta @ slope)[:, None, :]  # of mean ∂t/∂theta
+    response, error = products.mean(0), products.std(0) / np.sqrt(len(t)) + 1e-300
+    misfit = np.sum(((response[:, None, :] - slope[None, :, :]) / error[:, None, :]) ** 2, -1)  # (score, parameter)
+    own = np.trace(misfit)
+    if p > 7:  # too many orders to try: pairs
+        orders = [_swapped(p, a, b) for a, b in itertools.combinations(range(p), 2)]
+    else:
+        orders = [list(order) for order in itertools.permutations(range(p))]
+    best = min(orders, key=lambda order: sum(misfit[a, b] for a, b in enumerate(order)))
+    total = sum(misfit[a, b] for a, b in enumerate(best))
+    if best == list(range(p)) or total > 0.3 * own or own - total < _SIGNIFICANT**2:
+        return []
+    order = [names[b] for b in best]
+    return [f"The scores look as if they were in the order {order}, not {list(names)}."]
+
+
+def _swapped(p: int, a: int, b: int) -> list[int]:
+    order = list(range(p))
+    order[a], order[b] = b, a
+    return order
