@@ -194,6 +194,7 @@ def curves(
         xlabel: Label of x.
         ylabel: Label of y.
         levels: Name → height of a dashed line.
+        log_y: Whether y is logarithmic too.
     """
     with matplotlib.rc_context(STYLE):
         figure = _figure(4.2, 3.2)
@@ -205,7 +206,7 @@ def curves(
         for name, level in levels.items():
             axis.axhline(level, color="0.4", lw=0.8, ls="--")
             axis.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+        axis.set(xscale="log", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
         axis.legend()
     return figure
 
