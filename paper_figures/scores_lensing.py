@@ -20,7 +20,7 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         for score, n in dict.fromkeys((row["score"], row["n"]) for row in chosen):
             values = [row["c2st"] for row in chosen if (row["score"], row["n"]) == (score, n)]
             error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-            title = TITLES.get(score, "whitened, mean of " + score.split("_")[1])
+            title = TITLES.get(score) or "whitened, mean of " + score.split("_")[1]
             points.append((title, n, float(np.mean(values)), float(error)))
         figures[f"scores_lensing_{estimator.lower()}"] = plotting.curves(
             points, f"simulations ({estimator})", "C2ST against the full field", {}, log_y=False
