@@ -185,9 +185,9 @@ def curves(
     xlabel: str,
     ylabel: str,
     levels: Mapping[str, float],
-    title: str = "",
+    log_y: bool = True,
 ) -> Figure:
-    """Points with error bars, joined within each curve, on logarithmic axes, and named horizontal lines.
+    """Points with error bars, joined within each curve, against a logarithmic axis, and named horizontal lines.
 
     Args:
         rows: (curve, x, y, standard error of y).
