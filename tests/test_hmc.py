@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from blackjax.mcmc.integrators import IntegratorState
+from targets import COVARIANCE, MEAN, Normal, assert_means, normal
 
 from diffsbi.integrators import gaussian_split
 from diffsbi.sampling import Chains, hmc
@@ -110,23 +111,18 @@ def test_float32_does_not_drift_in_many_dimensions():
 
 # -- chains ------------------------------------------------------------------------------------------------------------
 
-COVARIANCE = np.array([[1.0, 0.6, 0.0], [0.6, 2.0, -0.3], [0.0, -0.3, 0.5]])
-MEAN = np.array([1.0, -2.0, 0.5])
-
 
 class Correlated(eqx.Module):
     """A correlated normal v, and latents that lean on it: their mean is v_0."""
 
-    mean: jax.Array
-    precision: jax.Array
+    of_v: Normal
 
     def __call__(self, z):
-        r = z["v"] - self.mean
-        return -0.5 * r @ self.precision @ r - 0.5 * jnp.sum((z["xi"] - 0.5 * z["v"][0]) ** 2)
+        return self.of_v(z["v"]) - 0.5 * jnp.sum((z["xi"] - 0.5 * z["v"][0]) ** 2)
 
 
 def correlated(scale=1.0):
-    return Correlated(jnp.asarray(MEAN) * scale, jnp.asarray(np.linalg.inv(COVARIANCE) / scale**2))
+    return Correlated(normal(scale))
 
 
 def start(n_chains=4):
@@ -148,13 +144,6 @@ def run(n_warmup=200, n_samples=1000, *, target=None, init=None, key=1, **settin
     settings = SETTINGS | settings
     init = start() if init is None else init
     return hmc(target or correlated(), init, jax.random.key(key), n_warmup, n_samples, **settings)
-
-
-def assert_means(chains, expected):
-    """Means within 4 standard errors; those are small enough to mean something."""
-    for row, mean in zip(chains.summary().values(), expected, strict=True):
-        error = row.sd / np.sqrt(row.ess_bulk)
-        assert row.rhat < 1.02 and row.ess_bulk > 400 and abs(row.mean - mean) < 4 * error, (row, mean)
 
 
 @pytest.mark.parametrize(

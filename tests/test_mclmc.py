@@ -5,20 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from targets import COVARIANCE, MEAN, assert_means, normal
 
 from diffsbi.sampling import Chains, mclmc
-
-COVARIANCE = np.array([[1.0, 0.6, 0.0], [0.6, 2.0, -0.3], [0.0, -0.3, 0.5]])
-MEAN = np.array([1.0, -2.0, 0.5])
-
-
-class Normal(eqx.Module):
-    mean: jax.Array
-    precision: jax.Array
-
-    def __call__(self, z):
-        r = z - self.mean
-        return -0.5 * r @ self.precision @ r
 
 
 class Skewed(eqx.Module):
@@ -40,10 +29,6 @@ class Coupled(eqx.Module):
         return -0.5 * v**2 - 0.5 * jnp.exp(2 * self.a * v) * jnp.sum(xi**2) + xi.size * self.a * v
 
 
-def normal():
-    return Normal(jnp.asarray(MEAN), jnp.asarray(np.linalg.inv(COVARIANCE)))
-
-
 def start(n_chains=4):
     return 3.0 * jax.random.normal(jax.random.key(9), (n_chains, 3))
 
@@ -51,13 +36,6 @@ def start(n_chains=4):
 def run(n_warmup=200, n_samples=1500, *, target=None, init=None, key=1, **settings) -> Chains:
     init = start() if init is None else init
     return mclmc(target or normal(), init, jax.random.key(key), n_warmup, n_samples, **(dict(block=100) | settings))
-
-
-def assert_means(chains, expected):
-    """Means within 4 standard errors; those are small enough to mean something."""
-    for row, mean in zip(chains.summary().values(), expected, strict=True):
-        error = row.sd / np.sqrt(row.ess_bulk)
-        assert row.rhat < 1.02 and row.ess_bulk > 400 and abs(row.mean - mean) < 4 * error, (row, mean)
 
 
 def test_adjusted_a_correlated_normal_is_sampled_within_monte_carlo_error(x64):

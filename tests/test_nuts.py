@@ -1,30 +1,12 @@
 """The No-U-Turn sampler, and its chains."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from targets import COVARIANCE, MEAN, normal
 
 from diffsbi.sampling import Chains, load_chains, nuts
-
-COVARIANCE = np.array([[1.0, 0.6, 0.0], [0.6, 2.0, -0.3], [0.0, -0.3, 0.5]])
-MEAN = np.array([1.0, -2.0, 0.5])
-
-
-class Normal(eqx.Module):
-    """A correlated normal target: an `eqx.Module`, so that every test shares one compiled sampler."""
-
-    mean: jax.Array
-    precision: jax.Array
-
-    def __call__(self, z):
-        r = z - self.mean
-        return -0.5 * r @ self.precision @ r
-
-
-def normal():
-    return Normal(jnp.asarray(MEAN), jnp.asarray(np.linalg.inv(COVARIANCE)))
 
 
 def start(n_chains=2, seed=9):

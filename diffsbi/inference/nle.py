@@ -1,56 +1,28 @@
 r"""Neural likelihood estimation: a density of the summaries given the parameters, and the posterior that it makes."""
 
-import json
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.inference.estimator import Estimator
 from diffsbi.inference.losses import likelihood_score
-from diffsbi.inference.posterior import Member
-from diffsbi.inference.training import History
+from diffsbi.inference.posterior import FittedPosterior, Member
 from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, nuts
 
 _CANDIDATES = 2000  # prior draws among which the chains' starts are chosen
 
 
-class LikelihoodPosterior(eqx.Module):
+class LikelihoodPosterior(FittedPosterior):
     r"""$p(\theta) q(x | \theta)$ up to a constant, sampled by NUTS in unconstrained space.
 
-    Attributes:
-        prior: Names, supports, and the map to unconstrained space.
-        members: The fitted densities of x; the likelihood is their equal mixture.
-        histories: How each of them was fitted.
-        config_json: What describes the fit; as a dictionary, `config`.
-        default_x: The data that the methods use where they are given none.
+    The likelihood is the equal mixture of the members, which are fitted densities (or ratios) of x.
     """
-
-    prior: Prior
-    members: tuple[Member, ...]
-    histories: tuple[History, ...]
-    config_json: str = eqx.field(static=True)
-    default_x: Array | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.prior.names
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return json.loads(self.config_json)
 
     @property
     def x_dim(self) -> int:
         return self.members[0].standardiser.u_loc.shape[0]
-
-    def condition(self, x: Float[Array, " d"]) -> "LikelihoodPosterior":
-        """The same posterior with `x` as its default data."""
-        return eqx.tree_at(lambda p: p.default_x, self, self._data(x), is_leaf=lambda v: v is None)
 
     def log_likelihood(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         """log q(x | theta), shape `(*n,)`, leading dimensions broadcast against each other; theta inside the prior."""
@@ -112,21 +84,6 @@ class LikelihoodPosterior(eqx.Module):
             chains = self.chains(key_chain, one, n_samples=-(-n // n_chains), **settings)
             draws.append(jax.random.permutation(key_order, jnp.asarray(chains.flat()))[:n])
         return jnp.stack(draws, 1).reshape(n, *data.shape[:-1], self.prior.dim)
-
-    def save(self, path) -> None:
-        """Write one file that `load_posterior` reads back."""
-        from diffsbi.inference.persist import save_posterior
-
-        save_posterior(self, path)
-
-    def _data(self, x) -> Array:
-        x = self.default_x if x is None else x
-        if x is None:
-            raise ValueError("Expected data x=..., or a posterior with default data from .condition(x); got neither.")
-        check_trailing("x", x, (self.x_dim,))
-        if not isinstance(x, jax.core.Tracer):
-            check_finite("x", np.asarray(x))
-        return jnp.asarray(x, jnp.result_type(float))
 
 
 class _Target(eqx.Module):

@@ -25,7 +25,7 @@ from diffsbi._types import check_names
 from diffsbi.inference.estimator import build_density
 from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.nre import RatioMember, ratio_network
-from diffsbi.inference.posterior import Member, Posterior
+from diffsbi.inference.posterior import FittedPosterior, Member, Posterior
 from diffsbi.inference.standardise import Standardiser
 from diffsbi.inference.training import History
 from diffsbi.prior import Prior
@@ -80,7 +80,7 @@ def _to_spec(name: str, d) -> dict[str, Any]:
     raise ValueError(f"Cannot describe the {type(d).__name__} prior of {name!r} in JSON; expected one of {known}.")
 
 
-def save_posterior(posterior: Posterior | LikelihoodPosterior, path) -> None:
+def save_posterior(posterior: FittedPosterior, path) -> None:
     """Write `posterior` to `path`; a file that is already there is replaced only when the new one is complete."""
     buffer = io.BytesIO()
     eqx.tree_serialise_leaves(buffer, (posterior.members, posterior.default_x))

@@ -1,7 +1,8 @@
 r"""A fitted posterior: draws and densities in theta, whatever the space that it was learned in."""
 
+import abc
 import json
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -33,8 +34,8 @@ class Member(eqx.Module):
         return self.standardiser.from_standard(draw(keys, wide), wide)
 
 
-class Posterior(eqx.Module):
-    r"""$q(\theta | x)$, an equal mixture of its members in unconstrained space: no draw leaves the prior's support.
+class FittedPosterior(eqx.Module):
+    """What posteriors of all estimators share.
 
     Attributes:
         prior: Names, supports, and the map to unconstrained space.
@@ -59,6 +60,34 @@ class Posterior(eqx.Module):
         return json.loads(self.config_json)
 
     @property
+    @abc.abstractmethod
+    def x_dim(self) -> int:
+        """Width of the data."""
+
+    def condition(self, x: Float[Array, " d"]) -> Self:
+        """The same posterior with `x` as its default data."""
+        return eqx.tree_at(lambda p: p.default_x, self, self._data(x), is_leaf=lambda v: v is None)
+
+    def save(self, path) -> None:
+        """Write one file that `load_posterior` reads back."""
+        from diffsbi.inference.persist import save_posterior
+
+        save_posterior(self, path)
+
+    def _data(self, x) -> Array:
+        x = self.default_x if x is None else x
+        if x is None:
+            raise ValueError("Expected data x=..., or a posterior with default data from .condition(x); got neither.")
+        check_trailing("x", x, (self.x_dim,))
+        if not isinstance(x, jax.core.Tracer):
+            check_finite("x", np.asarray(x))
+        return jnp.asarray(x, jnp.result_type(float))
+
+
+class Posterior(FittedPosterior):
+    r"""$q(\theta | x)$, an equal mixture of its members in unconstrained space: no draw leaves the prior's support."""
+
+    @property
     def x_dim(self) -> int:
         return self.members[0].standardiser.x_loc.shape[0]
 
@@ -66,10 +95,6 @@ class Posterior(eqx.Module):
     def history(self) -> History:
         """The history of the first member."""
         return self.histories[0]
-
-    def condition(self, x: Float[Array, " d"]) -> "Posterior":
-        """The same posterior with `x` as its default data."""
-        return eqx.tree_at(lambda p: p.default_x, self, self._data(x), is_leaf=lambda v: v is None)
 
     def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None) -> Float[Array, "n *m p"]:
         """`n` draws of theta, shape `(n, p)`; `(n, *m, p)` for data with leading dimensions.
@@ -96,23 +121,8 @@ class Posterior(eqx.Module):
         theta, core, data = jnp.asarray(theta, jnp.result_type(float)), self._core(), self._data(x)
         return jax.grad(lambda t: jnp.sum(_log_prob(core, t, data)))(theta)
 
-    def save(self, path) -> None:
-        """Write one file that `load_posterior` reads back."""
-        from diffsbi.inference.persist import save_posterior
-
-        save_posterior(self, path)
-
     def _core(self):
         return self.prior, self.members
-
-    def _data(self, x) -> Array:
-        x = self.default_x if x is None else x
-        if x is None:
-            raise ValueError("Expected data x=..., or a posterior with default data from .condition(x); got neither.")
-        check_trailing("x", x, (self.x_dim,))
-        if not isinstance(x, jax.core.Tracer):
-            check_finite("x", np.asarray(x))
-        return jnp.asarray(x, jnp.result_type(float))
 
 
 @eqx.filter_jit
