@@ -1,7 +1,7 @@
 """diffsbi: simulation-based inference with simulators that can be differentiated."""
 
 from diffsbi import _cache
-from diffsbi.inference import NLE, NPE, NRE, load_posterior
+from diffsbi.inference import NLE, NPE, NRE, load_posterior, rounds
 from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, full_field_posterior, load_chains, nuts, power_spectrum_posterior
 from diffsbi.simulators import (
@@ -37,5 +37,6 @@ __all__ = [
     "lsst_y10",
     "nuts",
     "power_spectrum_posterior",
+    "rounds",
     "two_moons",
 ]

@@ -6,6 +6,7 @@ from diffsbi.inference.npe import NPE
 from diffsbi.inference.nre import NRE
 from diffsbi.inference.persist import load_posterior, prior_from_json, prior_to_json
 from diffsbi.inference.posterior import Member, Posterior
+from diffsbi.inference.rounds import Rounds, rounds
 from diffsbi.inference.training import History, fit, split_rows
 
 __all__ = [
@@ -16,10 +17,12 @@ __all__ = [
     "LikelihoodPosterior",
     "Member",
     "Posterior",
+    "Rounds",
     "fit",
     "load_posterior",
     "posterior_score",
     "prior_from_json",
     "prior_to_json",
+    "rounds",
     "split_rows",
 ]

@@ -1,6 +1,7 @@
 """What all estimators share: simulations with their scores, the split, the linear start, an ensemble of densities."""
 
 import abc
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -98,6 +99,23 @@ class Estimator(abc.ABC, Generic[Fitted]):
         self.prior.check(theta)
         self._rows.append((theta, x, score))
         return self
+
+    def copy(self) -> Self:
+        """The same estimator with its own list of simulations."""
+        other = copy.copy(self)
+        other._rows = list(self._rows)
+        return other
+
+    def restricted(self, inside: Callable[[np.ndarray], np.ndarray] | None) -> Self:
+        """A copy with the simulations whose theta `(n, p)` is `inside` `(n,)`; all of them for None."""
+        other = self.copy()
+        if inside is not None:
+            masks = [inside(theta) for theta, _, _ in self._rows]
+            other._rows = [
+                (theta[keep], x[keep], None if score is None else score[keep])
+                for keep, (theta, x, score) in zip(masks, self._rows, strict=True)
+            ]
+        return other
 
     def _check_shapes(self, theta, x, score):
         p = self.prior.dim

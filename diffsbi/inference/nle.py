@@ -85,6 +85,10 @@ class LikelihoodPosterior(FittedPosterior):
             draws.append(jax.random.permutation(key_order, jnp.asarray(chains.flat()))[:n])
         return jnp.stack(draws, 1).reshape(n, *data.shape[:-1], self.prior.dim)
 
+    def propose(self, key, n, x=None):
+        """Draws of the posterior itself: a likelihood may be learned anywhere."""
+        return self.sample(key, n, x), None
+
 
 class _Target(eqx.Module):
     prior: Prior

@@ -2,6 +2,7 @@ r"""A fitted posterior: draws and densities in theta, whatever the space that it
 
 import abc
 import json
+from collections.abc import Callable
 from typing import Any, Self
 
 import equinox as eqx
@@ -68,6 +69,19 @@ class FittedPosterior(eqx.Module):
         """The same posterior with `x` as its default data."""
         return eqx.tree_at(lambda p: p.default_x, self, self._data(x), is_leaf=lambda v: v is None)
 
+    @abc.abstractmethod
+    def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None) -> Float[Array, "n *m p"]:
+        """`n` draws of theta, shape `(n, p)`; `(n, *m, p)` for data with leading dimensions."""
+
+    @abc.abstractmethod
+    def propose(
+        self, key: Key, n: int, x: Float[Array, " d"] | None = None
+    ) -> tuple[Float[Array, "n p"], Callable[[Array], Array] | None]:
+        """Parameters at which to simulate next, and the region `theta (n, p) -> (n,)` of which simulations may be used.
+
+        The region is None where any may be.
+        """
+
     def save(self, path) -> None:
         """Write one file that `load_posterior` reads back."""
         from diffsbi.inference.persist import save_posterior
@@ -106,6 +120,32 @@ class Posterior(FittedPosterior):
         if n < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
         return _sample(self._core(), key, n, self._data(x))
+
+    def propose(self, key, n, x=None, *, outside: float = 1e-4, most_candidates: int = 10_000_000):
+        """Draws of the prior within the posterior's highest-density region that holds all but `outside` of it.
+
+        Raises:
+            ValueError: If the region holds so little of the prior that `most_candidates` draws do not give n.
+        """
+        key_level, key = jax.random.split(check_key(key))
+        draws = self.sample(key_level, 20_000, x)
+        level = jnp.quantile(self.log_prob(draws, x), outside)
+
+        def inside(theta):
+            return np.asarray(self.log_prob(jnp.asarray(theta), x) >= level)
+
+        kept: list[np.ndarray] = []
+        found, tried, size = 0, 0, 20_000
+        while found < n:
+            if tried >= most_candidates:
+                raise ValueError(
+                    f"Expected {n} draws of the prior within the posterior's region; {tried} candidates gave {found}. "
+                    "Propose from a likelihood's or a ratio's posterior (NLE, NRE), or from a narrower prior."
+                )
+            candidates = self.prior.sample(jax.random.fold_in(key, tried), (size,))
+            good = np.asarray(candidates)[inside(candidates)]
+            kept, found, tried = [*kept, good], found + len(good), tried + size
+        return jnp.asarray(np.concatenate(kept)[:n]), inside
 
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         """log q(theta | x), shape `(*n,)`; −inf, with zero gradient, outside the prior's support.
