@@ -80,7 +80,7 @@ def linear():
 @pytest.fixture(scope="module")
 def scored(linear):
     draws = linear.draw(jax.random.key(1), 60, latents="whitened")
-    return ds.NRE(linear, width=16, depth=1).append(draws.theta, draws.x, draws.score).fit(jax.random.key(2))
+    return ds.NRE(linear, width=16, depth=1).append(draws.theta, draws.x, draws.score).fit(jax.random.key(2), members=2)
 
 
 def test_sixty_scored_simulations_give_the_exact_posterior(linear, scored):
