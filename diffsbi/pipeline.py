@@ -57,8 +57,7 @@ class Analysis:
     def compress(self):
         """The score compression at the fiducial parameters."""
         self.run.once("compression", self._compress)
-        arrays = load_npz(self.run.path("compression", "compression.npz"))
-        return summaries.ScoreCompression(**{name: jnp.asarray(value) for name, value in arrays.items()})
+        return summaries.ScoreCompression.load(self.run.path("compression", "compression.npz"))
 
     def simulate(self) -> SimulationStore:
         """The training simulations: theta, statistics, score, and the maps if they are kept.
@@ -150,8 +149,7 @@ class Analysis:
             progress=self.progress,
             keep=functools.partial(_keep_batch, folder / "batches"),
         )
-        arrays = {name: np.asarray(getattr(compression, name)) for name in ("theta0", "mean", "matrix", "fisher")}
-        np.savez(folder / "compression.npz", **arrays)
+        compression.save(folder / "compression.npz")
         return {"simulations": compression.n_simulations, "statistics": len(self.statistics.names)}
 
     def _simulate(self, folder: Path) -> Mapping:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffsbi as ds
-from diffsbi._files import write_json
+from diffsbi._files import load_npz, write_json, write_npz
 from diffsbi.sampling import load_chains
 from diffsbi.simulators.averaging import average_score
 from experiments import command_line, sampling
@@ -95,11 +95,8 @@ def _simulation(cfg: Config, sim, key, i: int, n_steps: int, path: Path) -> dict
             if k > 1:
                 name = f"whitened_{k}"
                 made[name], made[f"ms_{name}"] = _timed(_averaged, sim, z, x, one, jnp.asarray(k), jnp.asarray(n_steps))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path.with_suffix(".part.npz"), **made)
-        path.with_suffix(".part.npz").rename(path)
-    with np.load(path) as file:
-        return dict(file)
+        write_npz(path, made)
+    return load_npz(path)
 
 
 def _timed(function, *arguments) -> tuple[np.ndarray, float]:

@@ -60,8 +60,7 @@ def main(cfg: Config, out: Path) -> None:
     statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
     run.once("compression", lambda folder: _compress(cfg, sim, statistics, run, folder))
     run.once("simulations", lambda folder: _simulate(cfg, sim, statistics, run, folder))
-    arrays = load_npz(run.path("compression", "compression.npz"))
-    compression = summaries.ScoreCompression(**{name: jnp.asarray(value) for name, value in arrays.items()})
+    compression = summaries.ScoreCompression.load(run.path("compression", "compression.npz"))
     pool = load_npz(run.path("simulations", "pool.npz"))
     observed = compression(statistics(jnp.asarray(x)))
     rows = []
@@ -85,8 +84,7 @@ def _compress(cfg: Config, sim, statistics, run, folder: Path) -> dict:
         statistics, lambda theta, key: sim.draw_one(key, theta)[2], sim.fiducial, run.key("compression"),
         n_covariance=cfg.n_covariance, n_derivative=cfg.n_derivative, progress=True,
     )  # fmt: skip
-    names = ("theta0", "mean", "matrix", "fisher")
-    np.savez(folder / "compression.npz", **{name: np.asarray(getattr(compression, name)) for name in names})
+    compression.save(folder / "compression.npz")
     return {"simulations": compression.n_simulations}
 
 

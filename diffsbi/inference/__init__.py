@@ -1,4 +1,4 @@
-"""Losses, the one training loop, neural posterior estimation, and posterior objects."""
+"""Losses, the one training loop, neural posterior, likelihood and ratio estimation, rounds, posterior objects."""
 
 from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.nle import NLE, LikelihoodPosterior

@@ -26,6 +26,7 @@ from diffsbi.inference.losses import (
     first_noise,
     likelihood_score,
     noise_level,
+    prior_score,
     score_outliers,
 )
 from diffsbi.inference.posterior import Member
@@ -100,21 +101,10 @@ class Estimator(abc.ABC, Generic[Fitted]):
         self._rows.append((theta, x, score))
         return self
 
-    def copy(self) -> Self:
-        """The same estimator with its own list of simulations."""
-        other = copy.copy(self)
-        other._rows = list(self._rows)
-        return other
-
-    def restricted(self, inside: Callable[[np.ndarray], np.ndarray] | None) -> Self:
+    def restricted(self, inside: Callable[[np.ndarray], np.ndarray] | None = None) -> Self:
         """A copy with the simulations whose theta `(n, p)` is `inside` `(n,)`; all of them for None."""
-        other = self.copy()
-        if inside is not None:
-            masks = [inside(theta) for theta, _, _ in self._rows]
-            other._rows = [
-                (theta[keep], x[keep], None if score is None else score[keep])
-                for keep, (theta, x, score) in zip(masks, self._rows, strict=True)
-            ]
+        other = copy.copy(self)
+        other._rows = list(self._rows) if inside is None else [_select(inside(row[0]), *row) for row in self._rows]
         return other
 
     def _check_shapes(self, theta, x, score):
@@ -143,7 +133,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         """(what is modelled, what it is conditioned on), from unconstrained parameters "u" and data "x"."""
 
     @abc.abstractmethod
-    def _score_in_u(self, theta: Array, score: Array) -> Array:
+    def _target_score(self, of_likelihood: Array, of_prior: Array) -> Array:
         """The score in unconstrained space that the density's own is compared with."""
 
     @abc.abstractmethod
@@ -213,15 +203,15 @@ class Estimator(abc.ABC, Generic[Fitted]):
         rows = {"u": self.prior.to_unconstrained(theta), "x": x}
         if scores[0] is not None and self._uses_scores():
             score = jnp.asarray(np.concatenate(scores), jnp.result_type(float))
-            rows["score"] = self._score_in_u(theta, score)
-            prior_score = jax.vmap(jax.grad(self.prior.log_prob_unconstrained))(rows["u"])
-            in_u = likelihood_score(self.prior, theta, score)
-            for message in score_warnings(self.prior.names, rows["u"], x, in_u, prior_score):
-                warnings.warn(message, stacklevel=3)
+            of_likelihood, of_prior = likelihood_score(self.prior, theta, score), prior_score(self.prior, theta)
+            rows["score"] = self._target_score(of_likelihood, of_prior)
             if isinstance(self.density, str) and not is_smooth(self.density):
                 warnings.warn(f"The density {self.density!r} is not smooth: its score cannot follow.", stacklevel=3)
         for name, value in rows.items():
             check_finite(f"{name} in unconstrained space", value)
+        if "score" in rows:
+            for message in score_warnings(self.prior.names, rows["u"], x, of_likelihood, of_prior):
+                warnings.warn(message, stacklevel=3)
         arrays = {name: np.asarray(value) for name, value in rows.items()}
         if "score" in arrays:
             arrays["use"] = 1 - score_outliers(arrays["score"]).astype(arrays["score"].dtype)
@@ -274,14 +264,19 @@ class Estimator(abc.ABC, Generic[Fitted]):
         """The density with its linear part, and the noise model, fitted first: few parameters, so little to overfit."""
         key_level, key_fit = jax.random.split(key)
         p, d = data["v"].shape[1], data["c"].shape[1]
-        model = ScoredDensity(with_linear_part(StandardNormal((p,)), ConditionalAffine(p, d)))  # type: ignore[call-arg]
-        if isinstance(loss, MeasuredScore):
-            model = ScoredDensity(
-                model.density, first_noise(data["score"] - loss.start(data["v"])), noise_level(key_level, p, d)
-            )
+        linear = with_linear_part(StandardNormal((p,)), ConditionalAffine(p, d))  # type: ignore[call-arg]
+        model = first_model(key_level, linear, data, loss)
         rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}
         model, _ = fit(key_fit, model, data, validation, loss, **(options | rate))
         return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, model.level)
+
+
+def first_model(key: Key, density, data: dict[str, Array], loss: AbstractScoreLoss) -> ScoredDensity:
+    """An untrained density with the noise of its scores, where the loss learns that."""
+    if not isinstance(loss, MeasuredScore):
+        return ScoredDensity(density)
+    noise = first_noise(data["score"] - loss.start(data["v"]))
+    return ScoredDensity(density, noise, noise_level(key, data["v"].shape[1], data["c"].shape[1]))
 
 
 def _finite_rows(theta, x, score):
@@ -296,6 +291,10 @@ def _finite_rows(theta, x, score):
             "wherever such rows are likelier than elsewhere.",
             stacklevel=3,
         )
+    return _select(keep, theta, x, score)
+
+
+def _select(keep, theta, x, score):
     return theta[keep], x[keep], None if score is None else score[keep]
 
 

@@ -15,31 +15,30 @@ _SMALLEST_NOISE = 0.05  # of the score, in units of the standardised posterior's
 _NOISE_RATE = 5.0  # the noise level learns this many times faster than the network
 
 
-def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array, "n p"]) -> Float[Array, "n p"]:
-    r"""$\nabla_u [\log p(x, z | \theta(u)) + \log p(u)] = J^T s + \nabla_u \log p(u)$ with $s$ the joint score.
+def likelihood_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    r"""$\nabla_u \log p(x, z | \theta(u)) = J^T s$ with $s$ the joint score.
 
     Args:
-        prior: Gives u(theta) and p(u), the prior with its change of variables.
+        prior: Gives u(theta).
         theta: Parameters.
         score: $\nabla_\theta \log p(x, z | \theta)$ at each, WITHOUT the prior's.
     """
-
-    def one(theta, score):
-        u = prior.to_unconstrained(theta)
-        _, pull_back = jax.vjp(prior.from_unconstrained, u)
-        return pull_back(score)[0] + jax.grad(prior.log_prob_unconstrained)(u)
-
-    return jax.vmap(one)(jnp.asarray(theta), jnp.asarray(score))
-
-
-def likelihood_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array, "n p"]) -> Float[Array, "n p"]:
-    r"""$\nabla_u \log p(x, z | \theta(u)) = J^T s$; arguments as `posterior_score`."""
 
     def one(theta, score):
         _, pull_back = jax.vjp(prior.from_unconstrained, prior.to_unconstrained(theta))
         return pull_back(score)[0]
 
     return jax.vmap(one)(jnp.asarray(theta), jnp.asarray(score))
+
+
+def prior_score(prior: Prior, theta: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    r"""$\nabla_u \log p(u)$, of the prior with its change of variables."""
+    return jax.vmap(jax.grad(prior.log_prob_unconstrained))(prior.to_unconstrained(jnp.asarray(theta)))
+
+
+def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    r"""$\nabla_u [\log p(x, z | \theta(u)) + \log p(u)]$; arguments as `likelihood_score`."""
+    return likelihood_score(prior, theta, score) + prior_score(prior, theta)
 
 
 def score_outliers(score: np.ndarray, cut: float = 10.0) -> np.ndarray:

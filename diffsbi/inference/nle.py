@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.inference.estimator import Estimator
-from diffsbi.inference.losses import likelihood_score
-from diffsbi.inference.posterior import FittedPosterior, Member
+from diffsbi.inference.posterior import FittedPosterior, Member, mixture_log_prob, within_support
 from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, nuts
 
@@ -28,15 +27,13 @@ class LikelihoodPosterior(FittedPosterior):
         """log q(x | theta), shape `(*n,)`, leading dimensions broadcast against each other; theta inside the prior."""
         check_trailing("theta", theta, (self.prior.dim,))
         theta = jnp.asarray(theta, jnp.result_type(float))
-        return _log_likelihood(self.members, self.prior.to_unconstrained(theta), self._data(x))
+        return mixture_log_prob(self.members, self._data(x), self.prior.to_unconstrained(theta))
 
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         r"""$\log p(\theta) + \log q(x | \theta)$, the posterior up to a constant; −inf outside the prior's support."""
         check_trailing("theta", theta, (self.prior.dim,))
         theta = jnp.asarray(theta, jnp.result_type(float))
-        inside = self.prior.in_support(theta)
-        fiducial = jnp.broadcast_to(self.prior.fiducial.astype(theta.dtype), theta.shape)
-        safe = jnp.where(inside[..., None], theta, fiducial)
+        inside, safe = within_support(self.prior, theta)
         return jnp.where(inside, self.prior.log_prob(safe) + self.log_likelihood(safe, x), -jnp.inf)
 
     def chains(
@@ -47,16 +44,15 @@ class LikelihoodPosterior(FittedPosterior):
         They start at prior draws that are chosen by their likelihood; `settings` are those of `diffsbi.nuts`.
         """
         data = self._data(x)
-        check_trailing("x", data, (self.x_dim,))
         if data.ndim != 1:
             raise ValueError(f"Expected one observation, x with shape ({self.x_dim},); got {data.shape}.")
-        key_prior, key_choose, key_chain = jax.random.split(check_key(key), 3)
+        key_prior, key_choose, key_spread, key_chain = jax.random.split(check_key(key), 4)
         u = self.prior.to_unconstrained(self.prior.sample(key_prior, (_CANDIDATES,)))
-        likely = _log_likelihood(self.members, u, data)
+        likely = mixture_log_prob(self.members, data, u)
         start = jax.random.categorical(key_choose, jnp.where(jnp.isfinite(likely), likely, -jnp.inf), shape=(n_chains,))
         # Chains that start at one candidate are told apart by their momenta only: spread them a little.
         spread = 0.1 * jnp.broadcast_to(jnp.std(u, 0), (n_chains, self.prior.dim))
-        init = u[start] + spread * jax.random.normal(key_choose, (n_chains, self.prior.dim))
+        init = u[start] + spread * jax.random.normal(key_spread, (n_chains, self.prior.dim))
         target = _Target(self.prior, self.members, data)
         settings = dict(n_warmup=400, chain_method="vectorized", mass="dense") | settings
         n_warmup = settings.pop("n_warmup")
@@ -96,14 +92,7 @@ class _Target(eqx.Module):
     x: Array
 
     def __call__(self, u):
-        return self.prior.log_prob_unconstrained(u) + _log_likelihood(self.members, u, self.x)
-
-
-def _log_likelihood(members, u, x) -> Array:
-    batch = jnp.broadcast_shapes(u.shape[:-1], x.shape[:-1])
-    wide_u, wide_x = (jnp.broadcast_to(a, (*batch, a.shape[-1])) for a in (u, x))
-    values = jnp.stack([m.log_prob(wide_x, wide_u) for m in members])
-    return jax.nn.logsumexp(values, axis=0) - jnp.log(len(members))
+        return self.prior.log_prob_unconstrained(u) + mixture_log_prob(self.members, self.x, u)
 
 
 class NLE(Estimator[LikelihoodPosterior]):
@@ -120,8 +109,8 @@ class NLE(Estimator[LikelihoodPosterior]):
     def _roles(self, rows):
         return rows["x"], rows["u"]
 
-    def _score_in_u(self, theta, score):
-        return likelihood_score(self.prior, theta, score)
+    def _target_score(self, of_likelihood, of_prior):
+        return of_likelihood
 
     def _standard_score(self, standardiser, score):
         return jnp.linalg.solve(standardiser.whiten.T, score.T).T

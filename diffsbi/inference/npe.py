@@ -1,7 +1,6 @@
 r"""Neural posterior estimation from simulations, with their scores where there are any."""
 
 from diffsbi.inference.estimator import Estimator
-from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.posterior import Posterior
 
 
@@ -19,8 +18,8 @@ class NPE(Estimator[Posterior]):
     def _roles(self, rows):
         return rows["u"], rows["x"]
 
-    def _score_in_u(self, theta, score):
-        return posterior_score(self.prior, theta, score)
+    def _target_score(self, of_likelihood, of_prior):
+        return of_likelihood + of_prior
 
     def _standard_score(self, standardiser, score):
         return standardiser.score_to_standard(score)

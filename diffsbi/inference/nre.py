@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from diffsbi._types import Array, Float, Key
-from diffsbi.inference.losses import Contrast, MeasuredScore, ScoredDensity, first_noise, noise_level
+from diffsbi.inference.estimator import first_model
+from diffsbi.inference.losses import Contrast
 from diffsbi.inference.nle import NLE
 from diffsbi.inference.posterior import Member
 from diffsbi.inference.standardise import Standardiser
@@ -78,11 +79,8 @@ class NRE(NLE):
     def _more(self, standardiser, v, c):
         return {"offset": marginal_offset(standardiser, v, c) + standardiser.log_det}
 
-    def _linear_start(self, key, density, data, validation, loss, options) -> ScoredDensity:
-        if not isinstance(loss, MeasuredScore):
-            return ScoredDensity(density)
-        noise = first_noise(data["score"] - loss.start(data["v"]))
-        return ScoredDensity(density, noise, noise_level(key, data["v"].shape[1], data["c"].shape[1]))
+    def _linear_start(self, key, density, data, validation, loss, options):
+        return first_model(key, density, data, loss)  # the network starts at the linear answer as it is
 
 
 def ratio_network(key: Key, dim: int, condition_dim: int, width: int = 64, depth: int = 2) -> RatioNetwork:

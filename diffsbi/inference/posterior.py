@@ -178,13 +178,26 @@ def _sample(core, key, n, x):
 @eqx.filter_jit
 def _log_prob(core, theta, x):
     prior, members = core
-    batch = jnp.broadcast_shapes(theta.shape[:-1], x.shape[:-1])
-    inside = prior.in_support(theta)
-    # Outside, evaluate inside instead: an infinite u must not make the gradient NaN.
-    safe = jnp.where(inside[..., None], theta, jnp.broadcast_to(prior.fiducial.astype(theta.dtype), theta.shape))
+    inside, safe = within_support(prior, theta)
     u = prior.to_unconstrained(safe)
-    wide_u, wide_x = (jnp.broadcast_to(a, (*batch, a.shape[-1])) for a in (u, x))
-    values = jnp.stack([m.log_prob(wide_u, wide_x) for m in members])
-    value = jax.nn.logsumexp(values, axis=0) - jnp.log(len(members))
-    value = value - jnp.broadcast_to(prior.log_det_jacobian(u), batch)
-    return jnp.where(jnp.broadcast_to(inside, batch), value, -jnp.inf)
+    value = mixture_log_prob(members, u, x)
+    value = value - jnp.broadcast_to(prior.log_det_jacobian(u), value.shape)
+    return jnp.where(jnp.broadcast_to(inside, value.shape), value, -jnp.inf)
+
+
+def within_support(prior: Prior, theta: Float[Array, "*n p"]) -> tuple[Array, Float[Array, "*n p"]]:
+    """Which rows are in the prior's support, and the rows with those outside moved to the fiducial.
+
+    Densities are evaluated there instead: an infinite u must not make the gradient NaN.
+    """
+    inside = prior.in_support(theta)
+    fiducial = jnp.broadcast_to(prior.fiducial.astype(theta.dtype), theta.shape)
+    return inside, jnp.where(inside[..., None], theta, fiducial)
+
+
+def mixture_log_prob(members, of: Float[Array, "*n a"], given: Float[Array, "*n b"]) -> Float[Array, "*n"]:
+    """Log-density of the equal mixture of the members, leading dimensions broadcast against each other."""
+    batch = jnp.broadcast_shapes(of.shape[:-1], given.shape[:-1])
+    of, given = (jnp.broadcast_to(a, (*batch, a.shape[-1])) for a in (of, given))
+    values = jnp.stack([m.log_prob(of, given) for m in members])
+    return jax.nn.logsumexp(values, axis=0) - jnp.log(len(members))

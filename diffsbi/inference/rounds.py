@@ -75,17 +75,16 @@ def rounds(
     summary = jnp.ravel if summary is None else summary
     latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
     observed = summary(jnp.asarray(x))
-    posterior, samples, moved, reason, simulations = None, [], [], "n_rounds reached", 0
+    posterior: FittedPosterior | None = None
+    samples, moved, reason, simulations = [], [], "n_rounds reached", 0
     for r, key_round in enumerate(jax.random.split(check_key(key), n_rounds)):
         key_theta, key_draw, key_fit, key_sample = jax.random.split(key_round, 4)
-        if posterior is not None or not len(estimator):
-            theta = None
-            if posterior is not None:
-                theta, inside = posterior.propose(key_theta, n_per_round)
-                estimator = estimator.restricted(inside)
+        if r > 0 or not len(estimator):
+            theta, inside = posterior.propose(key_theta, n_per_round) if posterior is not None else (None, None)
             options = dict(with_score=with_score, latents=latents, n_average=n_average)
             draws = sim.draw(key_draw, n_per_round, theta, **options)
-            estimator = estimator.copy().append(draws.theta, jax.lax.map(summary, draws.x), draws.score)
+            t = jax.lax.map(summary, draws.x)
+            estimator = estimator.restricted(inside).append(draws.theta, t, draws.score)
             simulations += n_per_round
         posterior = estimator.fit(key_fit, **(fit or {})).condition(observed)
         samples.append(np.asarray(posterior.sample(key_sample, n_samples)))

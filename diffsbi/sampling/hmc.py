@@ -19,6 +19,12 @@ from diffsbi.sampling.runner import sample
 AIM = 0.2
 """BlackJAX's dual averaging is drawn towards ten times the value that it starts from; with this, towards twice."""
 
+
+def damped_dual_averaging(target_accept: float):
+    """BlackJAX's, with a tenth of the usual swings: a step that is far too small costs hundreds of gradients."""
+    return dual_averaging_adaptation(target_accept, gamma=0.5)
+
+
 INTEGRATORS: dict[str, tuple[Callable, int]] = {"split": (gaussian_split, 2), "leapfrog": (velocity_verlet, 1)}
 """Name → (integrator in BlackJAX's form, gradients of a step)."""
 
@@ -114,8 +120,7 @@ class HMCKernel(AbstractKernel):
     # -- warm-up ---------------------------------------------------------------------------------------------------
 
     def _dual_averaging(self):
-        # A tenth of the usual swings: here a step that is far too small costs hundreds of gradients.
-        return dual_averaging_adaptation(self.target_accept, gamma=0.5)
+        return damped_dual_averaging(self.target_accept)
 
     def _capped(self, step_size):
         return jnp.minimum(step_size, 1.4 * self.trajectory)  # a normal target accepts any step

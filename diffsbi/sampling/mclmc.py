@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.adaptation.step_size import dual_averaging_adaptation
 from blackjax.mcmc import adjusted_mclmc_dynamic as adjusted_mclmc
 from blackjax.mcmc import mclmc as unadjusted_mclmc
 from blackjax.mcmc.dynamic_hmc import DynamicHMCState
@@ -16,7 +15,7 @@ from blackjax.util import generate_unit_vector
 
 from diffsbi._types import Array
 from diffsbi.sampling.chains import Chains
-from diffsbi.sampling.hmc import AIM
+from diffsbi.sampling.hmc import AIM, damped_dual_averaging
 from diffsbi.sampling.kernels import UNKNOWN, AbstractKernel, Record, all_finite, size
 from diffsbi.sampling.runner import sample
 
@@ -70,7 +69,7 @@ class MCLMCKernel(AbstractKernel):
         else:
             inner = IntegratorState(position, generate_unit_vector(key_momentum, position), low, still)
         step_size = jnp.asarray(self.step_size, dtype)
-        tuning = self._dual_averaging()[0](AIM * step_size) if self.adjusted else jnp.zeros(2, dtype)
+        tuning = damped_dual_averaging(self.target_accept)[0](AIM * step_size) if self.adjusted else jnp.zeros(2, dtype)
         return _State(inner, key, jnp.asarray(-1), step_size, tuning)
 
     def position(self, state):
@@ -100,15 +99,11 @@ class MCLMCKernel(AbstractKernel):
         kernel = adjusted_mclmc.build_kernel(integration_steps_fn=steps_of)
         count = jnp.where(starting, 1.0, jnp.minimum(mean, MOST_STEPS))
         inner, info = kernel(key, state.inner, self.log_density, step, integration_steps_params=(count,))
-        _, update, final = self._dual_averaging()
+        _, update, final = damped_dual_averaging(self.target_accept)
         tuning = update(state.tuning, jnp.where(jnp.isfinite(info.acceptance_rate), info.acceptance_rate, 0.0))
         last = state.i >= self.n_warmup - 1
         tuned = jnp.where(last, final(tuning), jnp.exp(tuning.log_step_size)).astype(step.dtype)
         return inner, tuning, tuned, info.is_divergent, info.num_integration_steps
-
-    def _dual_averaging(self):
-        # A tenth of the usual swings: a step that is far too small costs hundreds of gradients.
-        return dual_averaging_adaptation(self.target_accept, gamma=0.5)
 
     def _unadjusted(self, state, key, step, length, starting):
         kernel = unadjusted_mclmc.build_kernel()

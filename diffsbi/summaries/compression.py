@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from diffsbi._files import load_npz, write_npz
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+
+_STORED = ("theta0", "mean", "matrix", "fisher")
 
 
 class ScoreCompression(eqx.Module):
@@ -35,6 +38,15 @@ class ScoreCompression(eqx.Module):
     fisher: Float[Array, "p p"]
     n_simulations: int = eqx.field(static=True, default=0)
     shrinkage: float = eqx.field(static=True, default=0.0)
+
+    def save(self, path) -> None:
+        """Write what `load` needs: one `.npz` file."""
+        write_npz(path, {name: np.asarray(getattr(self, name)) for name in _STORED})
+
+    @classmethod
+    def load(cls, path) -> "ScoreCompression":
+        """The compression that `save` wrote; its simulations are not counted again."""
+        return cls(**{name: jnp.asarray(value) for name, value in load_npz(path).items()})
 
     def __call__(self, s: Float[Array, "*n stats"]) -> Float[Array, "*n p"]:
         s = jnp.asarray(s)
