@@ -1,7 +1,7 @@
 """diffsbi: simulation-based inference with simulators that can be differentiated."""
 
 from diffsbi import _cache
-from diffsbi.inference import NLE, NPE, NRE, load_posterior, rounds
+from diffsbi.inference import NLE, NPE, NRE, gaussian_proposal, load_posterior, rounds
 from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, full_field_posterior, load_chains, nuts, power_spectrum_posterior
 from diffsbi.simulators import (
@@ -30,6 +30,7 @@ __all__ = [
     "LensingMaps",
     "Prior",
     "full_field_posterior",
+    "gaussian_proposal",
     "linear_gaussian",
     "load_chains",
     "load_posterior",

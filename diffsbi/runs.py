@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -130,7 +131,7 @@ def start_run(
             something that is no run.
         OSError: If the disk is full.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), json.loads(json.dumps(dict(config)))  # as it will be read back: tuples are lists
     if (folder / "manifest.json").exists():
         found = differences(dict(complete(open_run(folder).config)), dict(config))
         fixed = [line for line in found if not any(f"{line}.".startswith((f"{key}.", f"{key}:")) for key in free)]

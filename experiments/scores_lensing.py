@@ -2,8 +2,9 @@
 
 One simulated LSST-Y10 map; every posterior is compared with the converged full-field chain of that map by C2ST. Maps
 are compressed to a number for each parameter (score compression at the fiducial), which loses some information: no
-posterior given these numbers comes nearer to the full field's than that allows. Each seed has simulations of its own;
-those of a smaller N are the first ones of a larger.
+posterior given these numbers comes nearer to the full field's than that allows. How near that is, a fit to
+`n_reference` simulations tells. Parameters are drawn from the prior, or from the power-spectrum posterior of the map
+(`gaussian_proposal`). Each seed has simulations of its own; those of a smaller N are the first ones of a larger.
 """
 
 import dataclasses
@@ -19,64 +20,109 @@ from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json
 from diffsbi.diagnostics import c2st, compare_moments
 from diffsbi.runs import start_run
-from diffsbi.sampling import load_chains
-from experiments import command_line, sampling
+from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
+from experiments import command_line
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
+STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`scores`: latent coordinate and number of averaged draws of each kind of score."""
+    """`scores`: latent coordinate and number of averaged draws of each kind of score.
+
+    The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
+    """
 
     n_pix: int = 64
-    n: tuple[int, ...] = (50, 100, 200, 500, 1000)
-    seeds: int = 3
+    proposal: str = "spectrum"
+    widen: float = 1.25
+    n: tuple[int, ...] = (25, 50, 100, 200, 400, 600, 1000, 2000)
+    n_scored: int = 2000
+    seeds: int = 5
     estimators: tuple[str, ...] = tuple(ESTIMATORS)
-    scores: tuple[tuple[str, int], ...] = (("white", 1), ("whitened", 1), ("whitened", 4), ("whitened", 16))
+    scores: tuple[tuple[str, int], ...] = (("white", 1), ("whitened", 4))
     n_covariance: int = 400
     n_derivative: int = 50
+    n_reference: int = 20_000
     n_samples: int = 2000
     members: int = 4
-    chains: sampling.Config = dataclasses.field(default_factory=lambda: sampling.PRESETS["paper"])
+    ess: float = 2000.0
+    n_warmup: int = 200
+    n_draws: int = 10_000
+    n_chains: int = 4
     seed: int = 0
 
 
 PRESETS = {
     "smoke": Config(
-        16, (20,), 1, ("NPE",), (("whitened", 2),), 50, 5, 200, 1, chains=sampling.PRESETS["smoke"]
+        16, "spectrum", 1.25, (20,), 20, 1, ("NPE",), (("whitened", 2),), 50, 5, 100, 200, 1, 20, 60, 60, 2
     ),
     "paper": Config(),
+    "prior": Config(proposal="prior", seeds=3),
+    # One 256² score averaged over four draws of the latents costs some seconds.
+    "large": Config(256, n_scored=200, seeds=4, n=(25, 50, 100, 200, 400, 1000, 2000), ess=1000.0, n_reference=8000),
 }  # fmt: skip
 
 
 def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `distances.json`, print the table."""
-    sampling.measure(cfg.chains, cfg.n_pix, sampling.REFERENCE, out.parent / "sampling")
-    chains = load_chains(sampling.folder_of(out.parent / "sampling", cfg.n_pix, sampling.REFERENCE))
-    sim, x = sampling.observed(cfg.chains, cfg.n_pix)
-    settings = {"name": "scores_lensing"} | dataclasses.asdict(cfg)
-    run = start_run(out, settings, ("compression", "simulations", "fits"))
+    if cfg.proposal not in ("prior", "spectrum"):
+        raise ValueError(f"Expected proposal 'prior' or 'spectrum'; got {cfg.proposal!r}.")
+    sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
+    run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
+    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
+    run.once("reference", lambda folder: _reference(cfg, sim, x, run, folder))
+    chain = load_chains(run.path("reference")).flat()
+    proposal = None
+    if cfg.proposal == "spectrum":
+        run.once("spectrum", lambda folder: _spectrum(cfg, sim, x, run, folder))
+        proposal = ds.gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
     statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
     run.once("compression", lambda folder: _compress(cfg, sim, statistics, run, folder))
-    run.once("simulations", lambda folder: _simulate(cfg, sim, statistics, run, folder))
     compression = summaries.ScoreCompression.load(run.path("compression", "compression.npz"))
-    pool = load_npz(run.path("simulations", "pool.npz"))
     observed = compression(statistics(jnp.asarray(x)))
+
+    def summary(x):
+        return compression(statistics(x))
+
+    run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
+    run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
+    pool, many = load_npz(run.path("simulations", "pool.npz")), load_npz(run.path("summaries", "pool.npz"))
     rows = []
-    kinds = [None, *cfg.scores]
-    for seed, n, kind, name in itertools.product(range(cfg.seeds), cfg.n, kinds, cfg.estimators):
+
+    def fitted(name, kind, n, seed, arrays):
         path = out / "fits" / f"{name}_{_name(kind)}_{n}_{seed}.json"
         if not path.exists():
             print(path.stem, flush=True)
-            write_json(path, _fit(cfg, sim, pool, compression, observed, chains.flat(), seed, n, kind, name))
-        rows.append(read_json(path))
+            key = jax.random.fold_in(jax.random.key(cfg.seed), 1000 * seed + n)
+            write_json(path, _fit(cfg, sim, name, proposal, arrays, observed, chain, key, seed))
+        rows.append(read_json(path) | dict(estimator=name, score=_name(kind), n=n, seed=seed))
+
+    for seed, n, kind, name in itertools.product(range(cfg.seeds), cfg.n, [None, *cfg.scores], cfg.estimators):
+        if kind is None or n <= cfg.n_scored:
+            fitted(name, kind, n, seed, _rows(cfg, pool, many, seed, n, kind))
+    for name in cfg.estimators:
+        fitted(name, "all", cfg.n_reference, 0, (many["theta"], many["t"], None))
     write_json(out / "distances.json", dict(rows=rows))
     print_table(cfg, rows)
 
 
-def _name(kind: tuple[str, int] | None) -> str:
-    return "none" if kind is None else f"{kind[0]}_{kind[1]}"
+def _name(kind: tuple[str, int] | str | None) -> str:
+    return "none" if kind is None else kind if isinstance(kind, str) else f"{kind[0]}_{kind[1]}"
+
+
+def _reference(cfg: Config, sim, x, run, folder: Path) -> dict:
+    settings = dict(until_ess=cfg.ess, n_samples=cfg.n_draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
+    chains = full_field_posterior(sim, x, run.key("reference"), folder=folder / "blocks", progress=True, **settings)
+    chains.save(folder)
+    return {"gradients": chains.gradients}
+
+
+def _spectrum(cfg: Config, sim, x, run, folder: Path) -> dict:
+    chains = power_spectrum_posterior(sim, x, run.key("spectrum"), progress=True)
+    chains.save(folder)
+    return {}
 
 
 def _compress(cfg: Config, sim, statistics, run, folder: Path) -> dict:
@@ -88,28 +134,65 @@ def _compress(cfg: Config, sim, statistics, run, folder: Path) -> dict:
     return {"simulations": compression.n_simulations}
 
 
-def _simulate(cfg: Config, sim, statistics, run, folder: Path) -> dict:
-    n, pool = cfg.seeds * max(cfg.n), {}
-    for kind in cfg.scores:
-        draws = sim.draw(run.key("simulations"), n, latents=kind[0], n_average=kind[1], progress=True)
-        pool[_name(kind)] = np.asarray(draws.score)
-    pool |= {"theta": np.asarray(draws.theta), "statistics": np.asarray(jax.lax.map(statistics, draws.x))}
-    np.savez(folder / "pool.npz", **pool)
+def _simulate(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
+    """Scored simulations, in blocks that an interrupted run keeps."""
+    n, size = cfg.seeds * cfg.n_scored, 50
+    key_theta, key_draw = jax.random.split(run.key("simulations"))
+    theta = (sim.prior if proposal is None else proposal).sample(key_theta, (n,))
+    blocks = folder / "blocks"
+    blocks.mkdir(exist_ok=True)
+    steps = {kind: sim.averaging_steps(key_draw, kind[0]) for kind in cfg.scores if kind[1] > 1}
+    parts = []
+    for start in range(0, n, size):
+        path = blocks / f"{start:06d}.npz"
+        if not path.exists():
+            print(f"scored simulations: {start} of {n}", flush=True)
+            count, part = min(size, n - start), {}
+            for kind in cfg.scores:
+                options = dict(latents=kind[0], n_average=kind[1], n_steps=steps.get(kind), start=start)
+                draws = sim.draw(key_draw, count, theta[start : start + count], **options)
+                part[_name(kind)] = np.asarray(draws.score)
+            part |= {"theta": np.asarray(draws.theta), "t": np.asarray(jax.lax.map(summary, draws.x))}
+            np.savez(path.with_suffix(".part.npz"), **part)
+            path.with_suffix(".part.npz").rename(path)
+        parts.append(load_npz(path))
+    np.savez(folder / "pool.npz", **{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
     return {"simulations": n}
 
 
-def _fit(cfg: Config, sim, pool, compression, observed, chain, seed, n, kind, name) -> dict:
-    rows = slice(seed * max(cfg.n), seed * max(cfg.n) + n)
-    t = np.asarray(compression(pool["statistics"][rows]))
-    score = None if kind is None else pool[_name(kind)][rows]
-    key_fit, key_sample = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), 1000 * seed + n))
-    estimator = ESTIMATORS[name](sim.prior).append(pool["theta"][rows], t, score)
-    posterior = estimator.fit(key_fit, members=cfg.members)
+def _many(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
+    """Summaries of many simulations without scores."""
+    key_theta, key_draw = jax.random.split(run.key("summaries"))
+    theta = (sim.prior if proposal is None else proposal).sample(key_theta, (cfg.n_reference,))
+    t = []
+    for start in range(0, cfg.n_reference, 500):
+        count = min(500, cfg.n_reference - start)
+        draws = sim.draw(key_draw, count, theta[start : start + count], with_score=False, start=start)
+        t.append(np.asarray(jax.lax.map(summary, draws.x)))
+        print(f"simulations without scores: {start + count} of {cfg.n_reference}", flush=True)
+    np.savez(folder / "pool.npz", theta=np.asarray(theta), t=np.concatenate(t))
+    return {"simulations": cfg.n_reference}
+
+
+def _rows(cfg: Config, pool, many, seed: int, n: int, kind):
+    """Parameters, summaries and scores of one seed's first n simulations; past the scored ones, those without."""
+    first = slice(seed * cfg.n_scored, seed * cfg.n_scored + min(n, cfg.n_scored))
+    theta, t = pool["theta"][first], pool["t"][first]
+    if n > cfg.n_scored:
+        width = max(cfg.n) - cfg.n_scored
+        more = slice(seed * width, seed * width + n - cfg.n_scored)
+        theta, t = np.concatenate([theta, many["theta"][more]]), np.concatenate([t, many["t"][more]])
+    return theta, t, None if kind is None else pool[_name(kind)][first]
+
+
+def _fit(cfg: Config, sim, name, proposal, arrays, observed, chain, key, seed) -> dict:
+    key_fit, key_sample = jax.random.split(key)
+    posterior = ESTIMATORS[name](sim.prior).append(*arrays, proposal=proposal).fit(key_fit, members=cfg.members)
     theta = np.asarray(posterior.sample(key_sample, cfg.n_samples, observed))
     distance = c2st(theta, chain, seed=seed, duplicates="drop")
     moments = compare_moments(theta, chain, sim.names)
     return dict(
-        estimator=name, score=_name(kind), n=n, seed=seed, c2st=distance.value, error=distance.error,
+        c2st=distance.value, error=distance.error,
         shift=np.asarray(moments.shift).tolist(), width_ratio=np.asarray(moments.width_ratio).tolist(),
     )  # fmt: skip
 
@@ -122,8 +205,11 @@ def print_table(cfg: Config, rows: list[dict]) -> None:
         for n in cfg.n:
             values = [r["c2st"] for r in rows if (r["estimator"], r["score"], r["n"]) == (name, _name(kind), n)]
             error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            line += f"  {np.mean(values):.3f} ± {error:.3f}"
+            line += f"  {np.mean(values):.3f} ± {error:.3f}" if values else " " * 15
         print(line)
+    for row in rows:
+        if row["score"] == "all":
+            print(f"{row['estimator']} {row['n']} simulations, no scores: {row['c2st']:.3f} (what the summaries hold)")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def _fit(cfg: Config, run, density: str, folder: Path) -> dict:
     x = np.zeros((cfg.n, 1))  # there is no data: every row has the same condition
     options = {"layers": cfg.layers, "width": cfg.width, "depth": cfg.depth}
     options |= {"ramps": 16} if density == "smooth" else {}
-    npe = NPE(target.prior, density, density_options=options).append(theta, x, target.density_score(theta))
+    npe = NPE(target.prior, density, density_options=options, force_scores=True).append(
+        theta, x, target.density_score(theta)
+    )
     # A density with thin curved ridges, not a posterior: nothing should pull it towards a normal one.
     settings = {"members": 1, "batch_size": 128, "patience": 200, "weight_decay": 0.0, "max_epochs": cfg.max_epochs}
     posterior = npe.fit(run.key(density), progress=True, **settings).condition(jnp.zeros(1))

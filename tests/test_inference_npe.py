@@ -1,7 +1,5 @@
 """Neural posterior estimation against answers known in closed form."""
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -322,12 +320,15 @@ def test_fixed_weights():
     assert len(set(fits)) == 3 and np.all(np.isfinite(fits))
 
 
-def test_scores_and_a_density_that_is_not_smooth_are_warned_about():
-    estimator = NPE(normal_prior(), "spline").append(*rows(40))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="'spline' is not smooth"):
-            estimator.fit(jax.random.key(0))
+def test_scores_are_refused_for_a_density_that_is_not_smooth():
+    theta, x, score = rows(40)
+    with pytest.raises(ValueError, match="the score of 'spline' is not continuous"):
+        NPE(normal_prior(), "spline").append(theta, x, score)
+    NPE(normal_prior(), "spline").append(theta, x)
+    NPE(normal_prior(), "spline", score_weight=0).append(theta, x, score)
+    forced = NPE(normal_prior(), "spline", density_options={"layers": 1, "width": 8, "depth": 1}, force_scores=True)
+    posterior = forced.append(theta, x, score).fit(jax.random.key(0), members=1, max_epochs=2)
+    assert np.isfinite(posterior.log_prob(theta, x)).all()
 
 
 def test_a_few_absurd_scores_do_not_decide():

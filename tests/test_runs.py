@@ -146,3 +146,10 @@ def test_a_setting_that_a_run_of_an_older_version_lacks_has_its_default(tmp_path
     assert run.config == {"seed": 1} and jax.random.key_data(run.key("b")).shape == (2,)
     with pytest.raises(ValueError, match="members: 4 there, 5 here"):
         start_run(tmp_path / "run", {"seed": 1, "members": 5}, ("a",), (), complete)
+
+
+def test_a_configuration_with_tuples_is_found_again(tmp_path):
+    first = start(tmp_path / "run", n=(20, 50), kinds=(("white", 1),))
+    assert start(tmp_path / "run", n=(20, 50), kinds=(("white", 1),)).config == first.config
+    with pytest.raises(ValueError, match="n: "):
+        start(tmp_path / "run", n=(20, 51), kinds=(("white", 1),))

@@ -6,6 +6,8 @@ from diffsbi.inference.npe import NPE
 from diffsbi.inference.nre import NRE
 from diffsbi.inference.persist import load_posterior, prior_from_json, prior_to_json
 from diffsbi.inference.posterior import Member, Posterior
+from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
+from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.inference.rounds import Rounds, rounds
 from diffsbi.inference.training import History, fit, split_rows
 
@@ -13,12 +15,15 @@ __all__ = [
     "NLE",
     "NPE",
     "NRE",
+    "GaussianProposal",
     "History",
     "LikelihoodPosterior",
     "Member",
     "Posterior",
+    "ReweightedPosterior",
     "Rounds",
     "fit",
+    "gaussian_proposal",
     "load_posterior",
     "posterior_score",
     "prior_from_json",

@@ -18,18 +18,20 @@ from diffsbi.flows.affine import ConditionalAffine, with_linear_part
 from diffsbi.inference.checks import score_warnings
 from diffsbi.inference.losses import (
     AbstractScoreLoss,
-    Contrast,
+    FirstTerm,
     MeasuredScore,
-    NegativeLogLikelihood,
     ScoredDensity,
     WeightedScore,
+    WithoutScore,
     first_noise,
     likelihood_score,
+    mean_nll,
     noise_level,
     prior_score,
     score_outliers,
 )
 from diffsbi.inference.posterior import Member
+from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
 from diffsbi.inference.training import History, fit, split_rows
 from diffsbi.prior import Prior
@@ -54,32 +56,41 @@ class Estimator(abc.ABC, Generic[Fitted]):
         score_weight: "auto" (the inverse covariance of the score's noise, measured: `MeasuredScore`), a
             number $\lambda$ or one per standardised parameter (`WeightedScore`). 0 ignores the scores.
         density_options: Further keywords of the density's constructor.
+        force_scores: Train a density on scores although its own is not continuous ("spline"), which is refused.
     """
 
-    contrast: Contrast | None = None
     _member: type[Member] = Member
 
     def __init__(
-        self, prior, density: Density = None, *, score_weight="auto", density_options: dict[str, Any] | None = None
+        self,
+        prior,
+        density: Density = None,
+        *,
+        score_weight="auto",
+        density_options: dict[str, Any] | None = None,
+        force_scores: bool = False,
     ):
         self.prior: Prior = prior if isinstance(prior, Prior) else prior.prior
         self.density = "smooth" if density is None else density
         if isinstance(self.density, str):
             check_names([self.density], list(FLOWS), "density")
         self.density_options = dict(density_options or {})
+        self.force_scores = bool(force_scores)
         self.score_weight = _checked_weight(score_weight, self.prior.dim)
-        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, Any]] = []
 
     def __len__(self) -> int:
-        return sum(len(theta) for theta, _, _ in self._rows)
+        return sum(len(row[0]) for row in self._rows)
 
-    def append(self, theta, x, score=None, *, on_invalid: str = "raise") -> Self:
+    def append(self, theta, x, score=None, *, proposal=None, on_invalid: str = "raise") -> Self:
         r"""Add simulations and return this object.
 
         Args:
             theta: Parameters, (n, p).
             x: Summaries, (n, d).
             score: $\nabla_\theta \log p(x, z | \theta)$ without the prior's, (n, p); for all appended rows or for none.
+            proposal: What theta was drawn from, with a `log_prob(theta)` in JAX (`gaussian_proposal`); None for the
+                prior. Likelihoods and ratios do not depend on it; posteriors are corrected for it.
             on_invalid: "raise", or "drop": rows with a number that is not finite are left out, with a warning that
                 says how many; the fit is then biased wherever such rows are likelier than elsewhere.
 
@@ -91,6 +102,11 @@ class Estimator(abc.ABC, Generic[Fitted]):
         score = None if score is None else np.asarray(score)
         self._check_shapes(theta, x, score)
         check_names([on_invalid], ["raise", "drop"], "on_invalid")
+        if score is not None and self._uses_scores() and not self.force_scores and not self._smooth():
+            raise ValueError(
+                f"Expected a smooth density for scores; the score of {self.density!r} is not continuous. "
+                "Choose another density, score_weight=0, or force_scores=True."
+            )
         if on_invalid == "drop":
             theta, x, score = _finite_rows(theta, x, score)
         check_finite("theta", theta)
@@ -98,13 +114,18 @@ class Estimator(abc.ABC, Generic[Fitted]):
         if score is not None:
             check_finite("score", score)
         self.prior.check(theta)
-        self._rows.append((theta, x, score))
+        if proposal is not None and not hasattr(proposal, "log_prob"):
+            raise ValueError(f"Expected a proposal with log_prob(theta), or None for the prior; got {proposal!r}.")
+        self._rows.append((theta, x, score, proposal))
         return self
 
     def restricted(self, inside: Callable[[np.ndarray], np.ndarray] | None = None) -> Self:
         """A copy with the simulations whose theta `(n, p)` is `inside` `(n,)`; all of them for None."""
+        if inside is not None and any(row[3] is not None for row in self._rows):
+            raise ValueError("Expected simulations from the prior for truncated rounds; these had a proposal. Use NLE.")
         other = copy.copy(self)
-        other._rows = list(self._rows) if inside is None else [_select(inside(row[0]), *row) for row in self._rows]
+        rows = list(self._rows)
+        other._rows = rows if inside is None else [(*_select(inside(row[0]), *row[:3]), row[3]) for row in rows]
         return other
 
     def _check_shapes(self, theta, x, score):
@@ -117,7 +138,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
             raise ValueError(f"Expected score with shape {theta.shape}, as theta; got {score.shape}.")
         if not self._rows:
             return
-        _, x_before, score_before = self._rows[0]
+        _, x_before, score_before, _ = self._rows[0]
         if x.shape[1] != x_before.shape[1]:
             raise ValueError(f"Expected x with {x_before.shape[1]} columns, as appended before; got {x.shape[1]}.")
         if (score is None) != (score_before is None):
@@ -198,15 +219,14 @@ class Estimator(abc.ABC, Generic[Fitted]):
         return self._posterior(tuple(m for m, _ in fits), tuple(h for _, h in fits), json.dumps(config))
 
     def _unconstrained_rows(self) -> dict[str, np.ndarray]:
-        thetas, xs, scores = zip(*self._rows, strict=True)
+        thetas, xs, scores, _ = zip(*self._rows, strict=True)
         theta, x = (jnp.asarray(np.concatenate(a), jnp.result_type(float)) for a in (thetas, xs))
         rows = {"u": self.prior.to_unconstrained(theta), "x": x}
         if scores[0] is not None and self._uses_scores():
             score = jnp.asarray(np.concatenate(scores), jnp.result_type(float))
             of_likelihood, of_prior = likelihood_score(self.prior, theta, score), prior_score(self.prior, theta)
-            rows["score"] = self._target_score(of_likelihood, of_prior)
-            if isinstance(self.density, str) and not is_smooth(self.density):
-                warnings.warn(f"The density {self.density!r} is not smooth: its score cannot follow.", stacklevel=3)
+            rows["score"] = self._target_score(of_likelihood, self._prior_score(theta))
+        rows |= self._proposal_rows(theta)
         for name, value in rows.items():
             check_finite(f"{name} in unconstrained space", value)
         if "score" in rows:
@@ -217,8 +237,31 @@ class Estimator(abc.ABC, Generic[Fitted]):
             arrays["use"] = 1 - score_outliers(arrays["score"]).astype(arrays["score"].dtype)
         return arrays
 
+    def _smooth(self) -> bool:
+        return not isinstance(self.density, str) or is_smooth(self.density)
+
     def _uses_scores(self) -> bool:
         return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))
+
+    def _proposals(self) -> Proposals | None:
+        """What all rows were drawn from; None for the prior."""
+        components = {id(row[3]): row[3] for row in self._rows}
+        if all(c is None for c in components.values()):
+            return None
+        counts = [sum(len(row[0]) for row in self._rows if id(row[3]) == i) for i in components]
+        return Proposals(self.prior, tuple(components.values()), tuple(c / len(self) for c in counts))
+
+    def _prior_score(self, theta: Array) -> Array:
+        """Gradient of the log-density that the fit takes for the prior's."""
+        return prior_score(self.prior, theta)
+
+    def _proposal_rows(self, theta: Array) -> dict[str, Array]:
+        """Columns of the rows that correct for proposals."""
+        return {}
+
+    def _first(self, standardiser: Standardiser) -> FirstTerm:
+        """What is minimised beside the score."""
+        return mean_nll
 
     def _more(self, standardiser: Standardiser, v: Array, c: Array) -> dict[str, Array]:
         """Further columns of the rows, for the loss."""
@@ -241,24 +284,25 @@ class Estimator(abc.ABC, Generic[Fitted]):
                 used = rows["score"] * rows["use"][:, None]  # so that no term overflows where it is left out
                 out["score"] = self._standard_score(standardiser, jnp.asarray(used[index]))
                 out["use"] = jnp.asarray(rows["use"][index])
+            out |= {name: jnp.asarray(rows[name][index]) for name in ("weight", "log_prior") if name in rows}
             return out | self._more(standardiser, out["v"], c)
 
         data, validation = standardised(train), standardised(held_out)
         density = self._density(key_density, data["v"].shape[1], data["c"].shape[1])
-        loss = self._loss(data, self._along(standardiser))
+        loss = self._loss(data, self._along(standardiser), self._first(standardiser))
         model = ScoredDensity(density)
         if "score" in data:
             model = self._linear_start(key_linear, density, data, validation, loss, options)
         model, history = fit(key_fit, model, data, validation, loss, **options)
         return self._member(standardiser, model.density), history
 
-    def _loss(self, data, along: Array | None) -> AbstractScoreLoss:
+    def _loss(self, data, along: Array | None, first: FirstTerm) -> AbstractScoreLoss:
         if "score" not in data:
-            return NegativeLogLikelihood(along, self.contrast)
+            return WithoutScore(along, first)
         if isinstance(self.score_weight, str):
-            return MeasuredScore(along, self.contrast)
+            return MeasuredScore(along, first)
         weight = jnp.broadcast_to(jnp.asarray(self.score_weight, data["v"].dtype), (self.prior.dim,))
-        return WeightedScore(weight, along, self.contrast)
+        return WeightedScore(weight, along, first)
 
     def _linear_start(self, key, density, data, validation, loss, options) -> ScoredDensity:
         """The density with its linear part, and the noise model, fitted first: few parameters, so little to overfit."""

@@ -1,6 +1,8 @@
 r"""Losses of conditional densities: the negative log-likelihood, and the score beside it."""
 
 import abc
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -75,20 +77,78 @@ class ScoredDensity(eqx.Module):
         return tilted * jnp.broadcast_to(jnp.exp(log_d), residual.shape), jnp.sum(log_d)
 
 
+FirstTerm = Callable[[Any, dict[str, Array], Array], Array]
+
+
+def mean_nll(density, batch, value: Float[Array, " n"]) -> Array:
+    r"""$-\langle \log q \rangle$, each row by `batch["weight"]` where there is one."""
+    return -jnp.mean(value * batch.get("weight", 1.0))
+
+
+class Atomic(eqx.Module):
+    r"""The atomic loss of sequential posterior estimation, SNPE-C (Greenberg et al. 2019, arXiv:1905.07488).
+
+    $-\langle\log\frac{q(u_i|x_i)/p(u_i)}{\sum_k q(u_k|x_i)/p(u_k)}\rangle$, the sum over $u_i$ itself and
+    the parameters of the next `n_atoms` − 1 rows: q becomes the posterior under the prior p wherever the
+    parameters were drawn. It leaves q's normalisation where there are no parameters free; a score does not.
+    `batch["log_prior"]` holds $\log p(u)$; `tilt` is $-\partial v/\partial c$ at fixed u, (p, d).
+    """
+
+    n_atoms: int = eqx.field(static=True)
+    tilt: Float[Array, "p d"]
+
+    def __call__(self, density, batch, value) -> Array:
+        fixed = batch["v"] + batch["c"] @ self.tilt.T  # u, in units of v
+        own = value - batch["log_prior"]
+        others = []
+        for shift in range(1, min(self.n_atoms, len(value))):
+            v = jnp.roll(fixed, -shift, axis=0) - batch["c"] @ self.tilt.T
+            others.append(density.log_prob(v, batch["c"]) - jnp.roll(batch["log_prior"], -shift))
+        return jnp.mean(jax.nn.logsumexp(jnp.stack([own, *others]), axis=0) - own)
+
+
+class Contrast(eqx.Module):
+    r"""The contrastive loss of neural ratio estimation, NRE-C (Miller et al. 2022, arXiv:2210.06170).
+
+    With $r(x, \theta) = e^f$ meant to be $p(x|\theta)/p(x)$, K parameters $\theta_k$ and odds $\gamma$:
+    $-\frac{\gamma}{1+\gamma}\langle\log\frac{\gamma r(x,\theta_1)}{K + \gamma\sum_k r(x,\theta_k)}\rangle_{x|\theta_1}
+    - \frac{1}{1+\gamma}\langle\log\frac{K}{K + \gamma\sum_k r(x,\theta_k)}\rangle_{x\ \mathrm{alone}}$. K = γ = 1 is
+    the cross-entropy. The other parameters are those of the next rows of the batch. `batch["offset"]` is added to f;
+    `along` is $\partial v/\partial c$ at fixed data.
+    """
+
+    n_classes: int = eqx.field(static=True)
+    gamma: float = eqx.field(static=True)
+    along: Float[Array, "m d"]
+
+    def __call__(self, ratio, batch, value) -> Array:
+        v, c = batch["v"], batch["c"]
+        k = min(self.n_classes, len(v) - 1)
+        rows = []
+        for shift in range(k + 1):
+            other = jnp.roll(c, -shift, axis=0)
+            rows.append(ratio.log_prob(v + (other - c) @ self.along.T, other) + batch["offset"])
+        f = jnp.stack(rows)
+
+        def denominator(f):  # log(K + γ Σ r)
+            return jnp.logaddexp(jnp.log(float(k)), jnp.log(self.gamma) + jax.nn.logsumexp(f, axis=0))
+
+        together = jnp.log(self.gamma) + f[0] - denominator(f[:k])
+        alone = jnp.log(float(k)) - denominator(f[1:])
+        return -(self.gamma * jnp.mean(together) + jnp.mean(alone)) / (1 + self.gamma)
+
+
 class AbstractScoreLoss(eqx.Module):
     r"""A loss over batches `{"v": (n, m), "c": (n, d), "score": (n, p), "use": (n,)}` of standardised rows.
 
     `use` is 1 where a row's score counts and 0 where it is left out (`score_outliers`). The density's score is
     $\nabla_v \log q(v | c)$ (a posterior's), or, where `along` holds $\partial v/\partial c$ at fixed data, an (m, d)
-    matrix, $\nabla_c \log q(v(c) | c)$ (a likelihood's).
+    matrix, $\nabla_c \log q(v(c) | c)$ (a likelihood's). `first` is what is minimised beside the score: the negative
+    log-likelihood, or a contrast, of (density, batch, values of log q).
     """
 
     along: eqx.AbstractVar[Float[Array, "m d"] | None]
-    contrast: eqx.AbstractVar["Contrast | None"]
-
-    def first_term(self, density, batch, value: Float[Array, " n"]) -> Array:
-        """What is minimised beside the score: the negative log-likelihood, or a contrast for a ratio."""
-        return -jnp.mean(value) if self.contrast is None else self.contrast(density, batch, self.along)
+    first: eqx.AbstractVar[FirstTerm]
 
     def start(self, v: Float[Array, "n m"]) -> Float[Array, "n p"]:
         """The score of the density that training starts at, a standard normal."""
@@ -113,45 +173,15 @@ class AbstractScoreLoss(eqx.Module):
         """Mean over the batch."""
 
 
-class Contrast(eqx.Module):
-    r"""The contrastive loss of neural ratio estimation, NRE-C (Miller et al. 2022, arXiv:2210.06170).
-
-    With $r(x, \theta) = e^f$ meant to be $p(x|\theta)/p(x)$, K parameters $\theta_k$ and odds $\gamma$:
-    $-\frac{\gamma}{1+\gamma}\langle\log\frac{\gamma r(x,\theta_1)}{K + \gamma\sum_k r(x,\theta_k)}\rangle_{x|\theta_1}
-    - \frac{1}{1+\gamma}\langle\log\frac{K}{K + \gamma\sum_k r(x,\theta_k)}\rangle_{x\ \mathrm{alone}}$. K = γ = 1 is
-    the cross-entropy. The other parameters are those of the next rows of the batch. `batch["offset"]` is added to f.
-    """
-
-    n_classes: int = eqx.field(static=True)
-    gamma: float = eqx.field(static=True)
-
-    def __call__(self, ratio, batch, along: Float[Array, "m d"]) -> Array:
-        v, c = batch["v"], batch["c"]
-        k = min(self.n_classes, len(v) - 1)
-        rows = []
-        for shift in range(k + 1):
-            other = jnp.roll(c, -shift, axis=0)
-            rows.append(ratio.log_prob(v + (other - c) @ along.T, other) + batch["offset"])
-        f = jnp.stack(rows)
-
-        def denominator(f):  # log(K + γ Σ r)
-            return jnp.logaddexp(jnp.log(float(k)), jnp.log(self.gamma) + jax.nn.logsumexp(f, axis=0))
-
-        together = jnp.log(self.gamma) + f[0] - denominator(f[:k])
-        alone = jnp.log(float(k)) - denominator(f[1:])
-        return -(self.gamma * jnp.mean(together) + jnp.mean(alone)) / (1 + self.gamma)
-
-
-class NegativeLogLikelihood(AbstractScoreLoss):
-    r"""$-\langle \log q(v | c) \rangle$, or the contrast, and no score."""
+class WithoutScore(AbstractScoreLoss):
+    """The first term alone."""
 
     along: Array | None = None
-    contrast: Contrast | None = None
+    first: FirstTerm = mean_nll
 
     def __call__(self, params, static, batch, key):
         density = eqx.combine(params, static).density
-        value = density.log_prob(batch["v"], batch["c"]) if self.contrast is None else jnp.zeros(())
-        return self.first_term(density, batch, value)
+        return self.first(density, batch, density.log_prob(batch["v"], batch["c"]))
 
 
 class WeightedScore(AbstractScoreLoss):
@@ -163,12 +193,12 @@ class WeightedScore(AbstractScoreLoss):
 
     weight: Float[Array, " p"]
     along: Array | None = None
-    contrast: Contrast | None = None
+    first: FirstTerm = mean_nll
 
     def __call__(self, params, static, batch, key):
         density = eqx.combine(params, static).density
         value, residual = self.value_and_residual(density, batch)
-        return self.first_term(density, batch, value) + jnp.mean(batch["use"] * (residual**2 @ self.weight))
+        return self.first(density, batch, value) + jnp.mean(batch["use"] * (residual**2 @ self.weight))
 
 
 class MeasuredScore(AbstractScoreLoss):
@@ -182,7 +212,7 @@ class MeasuredScore(AbstractScoreLoss):
     """
 
     along: Array | None = None
-    contrast: Contrast | None = None
+    first: FirstTerm = mean_nll
 
     def __call__(self, params, static, batch, key):
         model = eqx.combine(params, static)
@@ -191,7 +221,7 @@ class MeasuredScore(AbstractScoreLoss):
         level = model.log_level(batch["v"], batch["c"])
         distance = jnp.sum(white**2, -1) * jnp.exp(-2 * level)
         of_score = batch["use"] * (0.5 * distance + level * residual.shape[-1] - log_det)
-        return self.first_term(model.density, batch, value) + jnp.mean(of_score)
+        return self.first(model.density, batch, value) + jnp.mean(of_score)
 
 
 def noise_level(key: Key, dim: int, condition_dim: int) -> eqx.nn.MLP:

@@ -71,10 +71,13 @@ class NRE(NLE):
         if n_classes < 1 or not gamma > 0 or width < 1 or depth < 1:
             got = f"{n_classes}, {gamma}, {width} and {depth}"
             raise ValueError(f"Expected n_classes >= 1, gamma > 0, width >= 1 and depth >= 1; got {got}.")
-        self.contrast = Contrast(int(n_classes), float(gamma))
+        self.n_classes, self.gamma = int(n_classes), float(gamma)
 
     def _density(self, key: Key, dim: int, condition_dim: int):
         return ratio_network(key, dim, condition_dim, **self.density_options)
+
+    def _first(self, standardiser):
+        return Contrast(self.n_classes, self.gamma, self._along(standardiser))
 
     def _more(self, standardiser, v, c):
         return {"offset": marginal_offset(standardiser, v, c) + standardiser.log_det}

@@ -26,6 +26,8 @@ from diffsbi.inference.estimator import build_density
 from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.nre import RatioMember, ratio_network
 from diffsbi.inference.posterior import FittedPosterior, Member, Posterior
+from diffsbi.inference.proposals import GaussianProposal, Proposals
+from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.inference.standardise import Standardiser
 from diffsbi.inference.training import History
 from diffsbi.prior import Prior
@@ -81,9 +83,14 @@ def _to_spec(name: str, d) -> dict[str, Any]:
 
 
 def save_posterior(posterior: FittedPosterior, path) -> None:
-    """Write `posterior` to `path`; a file that is already there is replaced only when the new one is complete."""
+    """Write `posterior` to `path`; a file that is already there is replaced only when the new one is complete.
+
+    Raises:
+        ValueError: If it was fitted under proposals other than the prior and `GaussianProposal`.
+    """
+    kinds, proposals = _describe_proposals(posterior)
     buffer = io.BytesIO()
-    eqx.tree_serialise_leaves(buffer, (posterior.members, posterior.default_x))
+    eqx.tree_serialise_leaves(buffer, (posterior.members, posterior.default_x, proposals))
     payload = buffer.getvalue()
     try:
         prior = prior_to_json(posterior.prior)
@@ -97,6 +104,7 @@ def save_posterior(posterior: FittedPosterior, path) -> None:
         "shapes": _shapes(posterior.members),
         "dtype": str(posterior.members[0].standardiser.x_loc.dtype),
         "conditioned": posterior.default_x is not None,
+        "proposals": kinds,
         "histories": [_history_to_json(h) for h in posterior.histories],
         "bytes": len(payload),
         "sha256": hashlib.sha256(payload).hexdigest(),
@@ -106,8 +114,8 @@ def save_posterior(posterior: FittedPosterior, path) -> None:
 
 def load_posterior(
     path, prior: Prior | None = None, density: Callable[..., AbstractDistribution] | None = None
-) -> Posterior | LikelihoodPosterior:
-    """Read what `Posterior.save` or `LikelihoodPosterior.save` wrote.
+) -> Posterior | ReweightedPosterior | LikelihoodPosterior:
+    """Read what a posterior's `save` wrote.
 
     Args:
         path: The file.
@@ -135,10 +143,34 @@ def load_posterior(
         raise ValueError(
             f"Expected floats of {jnp.result_type(float)}, the precision JAX is set to; {path} has {dtype}."
         )
-    members, default_x = eqx.tree_deserialise_leaves(io.BytesIO(payload), (like, empty_x))
+    kinds = header.get("proposals")
+    empty = () if kinds is None else tuple(_empty_proposal(len(names)) if f["gaussian"] else None for f in kinds)
+    members, default_x, arrays = eqx.tree_deserialise_leaves(io.BytesIO(payload), (like, empty_x, empty))
     histories = tuple(_history_from_json(h) for h in header["histories"])
-    kind = LikelihoodPosterior if _models_data(config) else Posterior
-    return kind(prior, members, histories, json.dumps(config), default_x)
+    parts = (prior, members, histories, json.dumps(config), default_x)
+    if kinds is not None:
+        components = tuple(None if a is None else GaussianProposal(prior, *a) for a in arrays)
+        proposals = Proposals(prior, components, tuple(f["fraction"] for f in kinds))
+        return ReweightedPosterior(*parts, proposals=proposals)
+    return (LikelihoodPosterior if _models_data(config) else Posterior)(*parts)
+
+
+def _describe_proposals(posterior: FittedPosterior) -> tuple[list[dict[str, Any]] | None, tuple]:
+    """Kinds and fractions of a posterior's proposals, None where it has none, and their arrays."""
+    if not isinstance(posterior, ReweightedPosterior):
+        return None, ()
+    kinds, arrays = [], []
+    for component, fraction in zip(posterior.proposals.components, posterior.proposals.fractions, strict=True):
+        if not (component is None or isinstance(component, GaussianProposal)):
+            name = type(component).__name__
+            raise ValueError(f"Expected proposals made by gaussian_proposal, or the prior, to save; got a {name}.")
+        kinds.append({"gaussian": component is not None, "fraction": fraction})
+        arrays.append(None if component is None else (component.loc, component.root))
+    return kinds, tuple(arrays)
+
+
+def _empty_proposal(dim: int) -> tuple:
+    return jnp.zeros(dim), jnp.zeros((dim, dim))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -74,6 +74,10 @@ class FittedPosterior(eqx.Module):
         """`n` draws of theta, shape `(n, p)`; `(n, *m, p)` for data with leading dimensions."""
 
     @abc.abstractmethod
+    def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
+        """Log-density of theta, for some estimators up to a constant; −inf outside the prior's support."""
+
+    @abc.abstractmethod
     def propose(
         self, key: Key, n: int, x: Float[Array, " d"] | None = None
     ) -> tuple[Float[Array, "n p"], Callable[[Array], Array] | None]:
@@ -119,33 +123,11 @@ class Posterior(FittedPosterior):
         check_key(key)
         if n < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
-        return _sample(self._core(), key, n, self._data(x))
+        return sample_of(self._core(), key, n, self._data(x))
 
-    def propose(self, key, n, x=None, *, outside: float = 1e-4, most_candidates: int = 10_000_000):
-        """Draws of the prior within the posterior's highest-density region that holds all but `outside` of it.
-
-        Raises:
-            ValueError: If the region holds so little of the prior that `most_candidates` draws do not give n.
-        """
-        key_level, key = jax.random.split(check_key(key))
-        draws = self.sample(key_level, 20_000, x)
-        level = jnp.quantile(self.log_prob(draws, x), outside)
-
-        def inside(theta):
-            return np.asarray(self.log_prob(jnp.asarray(theta), x) >= level)
-
-        kept: list[np.ndarray] = []
-        found, tried, size = 0, 0, 20_000
-        while found < n:
-            if tried >= most_candidates:
-                raise ValueError(
-                    f"Expected {n} draws of the prior within the posterior's region; {tried} candidates gave {found}. "
-                    "Propose from a likelihood's or a ratio's posterior (NLE, NRE), or from a narrower prior."
-                )
-            candidates = self.prior.sample(jax.random.fold_in(key, tried), (size,))
-            good = np.asarray(candidates)[inside(candidates)]
-            kept, found, tried = [*kept, good], found + len(good), tried + size
-        return jnp.asarray(np.concatenate(kept)[:n]), inside
+    def propose(self, key, n, x=None):
+        """Draws of the prior within the posterior's region (`truncated_prior`)."""
+        return truncated_prior(self, key, n, x)
 
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         """log q(theta | x), shape `(*n,)`; −inf, with zero gradient, outside the prior's support.
@@ -153,20 +135,21 @@ class Posterior(FittedPosterior):
         The leading dimensions of theta and x are broadcast against each other.
         """
         check_trailing("theta", theta, (self.prior.dim,))
-        return _log_prob(self._core(), jnp.asarray(theta, jnp.result_type(float)), self._data(x))
+        return log_prob_of(self._core(), jnp.asarray(theta, jnp.result_type(float)), self._data(x))
 
     def score(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n p"]:
         r"""$\nabla_\theta \log q(\theta | x)$, shape `(*n, p)`."""
         check_trailing("theta", theta, (self.prior.dim,))
         theta, core, data = jnp.asarray(theta, jnp.result_type(float)), self._core(), self._data(x)
-        return jax.grad(lambda t: jnp.sum(_log_prob(core, t, data)))(theta)
+        return jax.grad(lambda t: jnp.sum(log_prob_of(core, t, data)))(theta)
 
     def _core(self):
         return self.prior, self.members
 
 
 @eqx.filter_jit
-def _sample(core, key, n, x):
+def sample_of(core, key, n, x):
+    """Draws of the equal mixture `core = (prior, members)`."""
     prior, members = core
     sizes = [n // len(members) + (i < n % len(members)) for i in range(len(members))]
     keys = jax.random.split(key, len(members) + 1)
@@ -176,7 +159,8 @@ def _sample(core, key, n, x):
 
 
 @eqx.filter_jit
-def _log_prob(core, theta, x):
+def log_prob_of(core, theta, x):
+    """Its log-density in theta."""
     prior, members = core
     inside, safe = within_support(prior, theta)
     u = prior.to_unconstrained(safe)
@@ -201,3 +185,33 @@ def mixture_log_prob(members, of: Float[Array, "*n a"], given: Float[Array, "*n 
     of, given = (jnp.broadcast_to(a, (*batch, a.shape[-1])) for a in (of, given))
     values = jnp.stack([m.log_prob(of, given) for m in members])
     return jax.nn.logsumexp(values, axis=0) - jnp.log(len(members))
+
+
+def truncated_prior(posterior: FittedPosterior, key: Key, n: int, x=None, *, outside=1e-4, most_candidates=10_000_000):
+    """Draws of the prior within the posterior's highest-density region that holds all but `outside` of it.
+
+    Returns:
+        The draws `(n, p)`, and the region, theta `(m, p)` → `(m,)`.
+
+    Raises:
+        ValueError: If the region holds so little of the prior that `most_candidates` draws do not give n.
+    """
+    key_level, key = jax.random.split(check_key(key))
+    draws = posterior.sample(key_level, 20_000, x)
+    level = jnp.quantile(posterior.log_prob(draws, x), outside)
+
+    def inside(theta):
+        return np.asarray(posterior.log_prob(jnp.asarray(theta), x) >= level)
+
+    kept: list[np.ndarray] = []
+    found, tried, size = 0, 0, 20_000
+    while found < n:
+        if tried >= most_candidates:
+            raise ValueError(
+                f"Expected {n} draws of the prior within the posterior's region; {tried} candidates gave {found}. "
+                "Propose from a likelihood's or a ratio's posterior (NLE, NRE), or from a narrower prior."
+            )
+        candidates = posterior.prior.sample(jax.random.fold_in(key, tried), (size,))
+        good = np.asarray(candidates)[inside(candidates)]
+        kept, found, tried = [*kept, good], found + len(good), tried + size
+    return jnp.asarray(np.concatenate(kept)[:n]), inside

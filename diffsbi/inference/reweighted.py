@@ -1,0 +1,93 @@
+r"""A posterior that was fitted under a proposal, reweighted to the prior."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsbi._types import Array, Float, Key, check_key, check_trailing
+from diffsbi.inference.posterior import FittedPosterior, log_prob_of, sample_of, truncated_prior, within_support
+from diffsbi.inference.proposals import Proposals
+
+_BLOCK = 20_000
+_MOST_BLOCKS = 50
+_EFFECTIVE = 4  # effective candidates for each draw that is returned
+
+
+class ReweightedPosterior(FittedPosterior):
+    r"""$q(\theta|x)\,p(\theta)/\tilde p(\theta)$ up to a constant, with q fitted to parameters drawn from $\tilde p$.
+
+    Attributes:
+        proposals: $\tilde p$.
+    """
+
+    proposals: Proposals = eqx.field(kw_only=True)
+
+    @property
+    def x_dim(self) -> int:
+        return self.members[0].standardiser.x_loc.shape[0]
+
+    def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None) -> Float[Array, "n *m p"]:
+        r"""`n` distinct draws of theta, `(n, p)`; `(n, *m, p)` for data with leading dimensions.
+
+        Draws of q are kept with probabilities in proportion to $p/\tilde p$, out of enough of them to be worth 4 n
+        effective ones; at most a million are made. A warning says where those are not enough.
+
+        Raises:
+            ValueError: If `n` < 1, or x has the wrong width, is not finite, or is missing.
+        """
+        if n < 1:
+            raise ValueError(f"Expected n >= 1 draws; got {n}.")
+        data = self._data(x)
+        keys = jax.random.split(check_key(key), max(1, data.size // self.x_dim))
+        draws = [self._sample_one(k, n, one) for k, one in zip(keys, data.reshape(-1, self.x_dim), strict=True)]
+        return jnp.stack(draws, 1).reshape(n, *data.shape[:-1], self.prior.dim)
+
+    def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
+        """The log-posterior up to a constant for each x, shape `(*n,)`; −inf outside the prior's support."""
+        check_trailing("theta", theta, (self.prior.dim,))
+        theta = jnp.asarray(theta, jnp.result_type(float))
+        value = log_prob_of(self._core(), theta, self._data(x))
+        inside, safe = within_support(self.prior, theta)
+        return jnp.where(inside, value - self.proposals.log_ratio(safe), -jnp.inf)
+
+    def propose(self, key, n, x=None):
+        """As `Posterior.propose`."""
+        return truncated_prior(self, key, n, x)
+
+    def _core(self):
+        return self.prior, self.members
+
+    def _sample_one(self, key: Key, n: int, x: Float[Array, " d"]) -> Float[Array, "n p"]:
+        key_choose, key = jax.random.split(key)
+        thetas: list[np.ndarray] = []
+        weights: list[np.ndarray] = []
+        for block in range(_MOST_BLOCKS):
+            theta, weight = _candidates(self._core(), self.proposals, jax.random.fold_in(key, block), x)
+            thetas, weights = [*thetas, np.asarray(theta)], [*weights, np.asarray(weight, float)]
+            log_weight = np.concatenate(weights)
+            weight = np.exp(log_weight - log_weight.max())
+            effective = weight.sum() ** 2 / np.sum(weight**2)
+            if effective >= _EFFECTIVE * n:
+                break
+        else:
+            warnings.warn(
+                f"{len(weight)} draws under the proposal are worth {effective:.0f} of the posterior, of which {n} were "
+                "asked for: the proposal, or the fit, does not cover it. Simulate from a wider proposal, or use NLE.",
+                stacklevel=3,
+            )
+        if len(weight) < n:
+            raise ValueError(f"Expected n <= {_MOST_BLOCKS * _BLOCK} draws; got {n}.")
+        # Gumbel's trick: the n largest are draws without replacement, in proportion to the weights.
+        with np.errstate(divide="ignore"):
+            order = np.log(weight) + np.asarray(jax.random.gumbel(key_choose, weight.shape))
+        chosen = np.argpartition(-order, n - 1)[:n]
+        return jnp.asarray(np.concatenate(thetas)[np.random.default_rng(0).permutation(chosen)])
+
+
+@eqx.filter_jit
+def _candidates(core, proposals, key, x):
+    theta = sample_of(core, key, _BLOCK, x)
+    return theta, -proposals.log_ratio(theta)
