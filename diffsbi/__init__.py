@@ -1,7 +1,7 @@
 """diffsbi: simulation-based inference with simulators that can be differentiated."""
 
 from diffsbi import _cache
-from diffsbi.inference import NLE, NPE, NRE, gaussian_proposal, load_posterior, rounds
+from diffsbi.inference import NLE, NPE, NRE, gaussian_proposal, load_posterior, rounds, truncated_marginals
 from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, full_field_posterior, load_chains, nuts, power_spectrum_posterior
 from diffsbi.simulators import (
@@ -39,5 +39,6 @@ __all__ = [
     "nuts",
     "power_spectrum_posterior",
     "rounds",
+    "truncated_marginals",
     "two_moons",
 ]

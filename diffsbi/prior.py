@@ -1,12 +1,13 @@
 r"""Named, independent priors and their map to unconstrained space."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import Distribution, biject_to
+from numpyro.distributions import Distribution, biject_to, constraints
 
 from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
 
@@ -105,6 +106,72 @@ class Prior(eqx.Module):
             if bad.any():
                 raise ValueError(f"Expected {name} inside the prior's support {d.support}; got {values[bad][0]}.")
 
+    def marginal(self, names: Sequence[str]) -> "Prior":
+        """The prior of some of the parameters."""
+        check_names(list(names), list(self.names))
+        index = [self.names.index(name) for name in names]
+        return Prior({n: self.distributions[i] for n, i in zip(names, index, strict=True)}, self._reference(index))
+
+    def truncated(self, low: Float[Array, " p"], high: Float[Array, " p"]) -> "Prior":
+        """The prior within a box of finite sides, renormalised; the fiducial is moved inside.
+
+        Raises:
+            ValueError: If the box has no prior mass along a parameter, or a distribution has no `cdf` and `icdf`.
+        """
+        check_trailing("low", low, (self.dim,))
+        check_trailing("high", high, (self.dim,))
+        box, inside = np.stack([np.asarray(low, float), np.asarray(high, float)]), {}
+        for name, d, (a, b) in zip(self.names, self.distributions, box.T, strict=True):
+            if not (np.isfinite(b - a) and a < b and float(d.cdf(b)) > float(d.cdf(a))):
+                raise ValueError(f"Expected prior mass of {name} between low and high; got [{a}, {b}].")
+            inside[name] = Within(d, a, b)
+        eighth = (box[1] - box[0]) / 8
+        fiducial = np.clip(self._fiducial, box[0] + eighth, box[1] - eighth)
+        return Prior(inside, dict(zip(self.names, fiducial.tolist(), strict=True)))
+
+    def _reference(self, index) -> dict[str, float]:
+        return {self.names[i]: self._fiducial[i] for i in index}
+
     @property
     def _bijections(self):
         return [biject_to(d.support) for d in self.distributions]
+
+
+class Within(Distribution):
+    """A scalar distribution with `cdf` and `icdf`, between two bounds and renormalised."""
+
+    arg_constraints: ClassVar[dict] = {}
+    pytree_data_fields = ("base", "low", "high")
+
+    def __init__(self, base: Distribution, low: float, high: float):
+        # The box may reach past the distribution's own support.
+        own = base.support
+        self.base = base
+        self.low = float(np.maximum(low, getattr(own, "lower_bound", -np.inf)))
+        self.high = float(np.minimum(high, getattr(own, "upper_bound", np.inf)))
+        super().__init__(batch_shape=(), event_shape=())
+
+    @constraints.dependent_property(is_discrete=False, event_dim=0)
+    def support(self):
+        return constraints.interval(self.low, self.high)
+
+    def sample(self, key, sample_shape=()):
+        at = jax.random.uniform(key, sample_shape, minval=self.base.cdf(self.low), maxval=self.base.cdf(self.high))
+        return jnp.clip(self.base.icdf(at), self.low, self.high)
+
+    def log_prob(self, value):
+        mass = self.base.cdf(self.high) - self.base.cdf(self.low)
+        inside = (value >= self.low) & (value <= self.high)
+        return jnp.where(inside, self.base.log_prob(jnp.clip(value, self.low, self.high)) - jnp.log(mass), -jnp.inf)
+
+    def cdf(self, value):
+        below, above = self.base.cdf(self.low), self.base.cdf(self.high)
+        return jnp.clip((self.base.cdf(value) - below) / (above - below), 0.0, 1.0)
+
+    def icdf(self, q):
+        below, above = self.base.cdf(self.low), self.base.cdf(self.high)
+        return jnp.clip(self.base.icdf(below + q * (above - below)), self.low, self.high)
+
+    @property
+    def mean(self):
+        return self.icdf(jnp.asarray(0.5))

@@ -22,6 +22,7 @@ from diffsbi.diagnostics import c2st, compare_moments
 from diffsbi.runs import start_run
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
 from experiments import command_line
+from experiments.curves import print_saved, print_table
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
 STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits")
@@ -105,7 +106,14 @@ def main(cfg: Config, out: Path) -> None:
     for name in cfg.estimators:
         fitted(name, "all", cfg.n_reference, 0, (many["theta"], many["t"], None))
     write_json(out / "distances.json", dict(rows=rows))
-    print_table(cfg, rows)
+    curves = [row for row in rows if row["score"] != "all"]
+    print(f"\nC2ST against the full field, mean and standard error over {cfg.seeds} seeds")
+    print_table(curves, ("estimator", "score"))
+    for name, kind in itertools.product(cfg.estimators, cfg.scores):
+        print_saved(curves, {"estimator": name}, _name(kind))
+    for row in rows:
+        if row["score"] == "all":
+            print(f"{row['estimator']} {row['n']} simulations, no scores: {row['c2st']:.3f} (what the summaries hold)")
 
 
 def _name(kind: tuple[str, int] | str | None) -> str:
@@ -195,21 +203,6 @@ def _fit(cfg: Config, sim, name, proposal, arrays, observed, chain, key, seed) -
         c2st=distance.value, error=distance.error,
         shift=np.asarray(moments.shift).tolist(), width_ratio=np.asarray(moments.width_ratio).tolist(),
     )  # fmt: skip
-
-
-def print_table(cfg: Config, rows: list[dict]) -> None:
-    print(f"\nC2ST against the full field, mean and standard error over {cfg.seeds} seeds")
-    print(f"{'':22}" + "".join(f"{n:>15}" for n in cfg.n))
-    for name, kind in itertools.product(cfg.estimators, [None, *cfg.scores]):
-        line = f"{name} {_name(kind):18}"
-        for n in cfg.n:
-            values = [r["c2st"] for r in rows if (r["estimator"], r["score"], r["n"]) == (name, _name(kind), n)]
-            error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            line += f"  {np.mean(values):.3f} ± {error:.3f}" if values else " " * 15
-        print(line)
-    for row in rows:
-        if row["score"] == "all":
-            print(f"{row['estimator']} {row['n']} simulations, no scores: {row['c2st']:.3f} (what the summaries hold)")
 
 
 if __name__ == "__main__":

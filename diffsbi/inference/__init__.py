@@ -9,6 +9,7 @@ from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.inference.rounds import Rounds, rounds
+from diffsbi.inference.tmnre import Marginals, truncated_marginals
 from diffsbi.inference.training import History, fit, split_rows
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "GaussianProposal",
     "History",
     "LikelihoodPosterior",
+    "Marginals",
     "Member",
     "Posterior",
     "ReweightedPosterior",
@@ -30,4 +32,5 @@ __all__ = [
     "prior_to_json",
     "rounds",
     "split_rows",
+    "truncated_marginals",
 ]
