@@ -2,9 +2,10 @@
 
 from diffsbi.diagnostics.c2st import C2ST, c2st
 from diffsbi.diagnostics.coverage import Coverage, expected_coverage, sbc_ranks, sbc_test, tarp
+from diffsbi.diagnostics.local_c2st import LocalC2ST, local_c2st
 from diffsbi.diagnostics.moments import Moments, MomentShift, compare_moments, figure_of_merit, moments
 
 __all__ = [
-    "C2ST", "Coverage", "MomentShift", "Moments", "c2st", "compare_moments", "expected_coverage",
-    "figure_of_merit", "moments", "sbc_ranks", "sbc_test", "tarp",
+    "C2ST", "Coverage", "LocalC2ST", "MomentShift", "Moments", "c2st", "compare_moments", "expected_coverage",
+    "figure_of_merit", "local_c2st", "moments", "sbc_ranks", "sbc_test", "tarp",
 ]  # fmt: skip
