@@ -50,7 +50,7 @@ def _log_density(novelty: Novelty, x: Array) -> Array:
 
 def fit_novelty(
     key: Key,
-    x: Float[Array, "n d"],
+    x,
     *,
     held_out: float = 0.25,
     density: Density = "smooth",
@@ -66,7 +66,7 @@ def fit_novelty(
 
     Args:
         key: Which rows are held out, first weights, order of the rows.
-        x: Summaries of simulations from the prior predictive.
+        x: Summaries of simulations from the prior predictive, `(n, d)`.
         held_out: Share of the rows that take no part in the training: they calibrate the score.
         density: As `Estimator`.
         density_options: As `Estimator`.
@@ -102,8 +102,8 @@ def fit_novelty(
     options: dict[str, Any] = dict(batch_size=batch_size, patience=patience, learning_rate=learning_rate)
     options |= dict(max_epochs=max_epochs or max(50, 5000 * batch_size // len(v)), weight_decay=weight_decay)
     fits = [_fit_one(k, v, density, density_options or {}, options) for k in keys]
-    arrays = (jnp.asarray(a, jnp.result_type(float)) for a in (centre, scale, mean, whiten))
-    return Novelty(*arrays, tuple(d for d, _ in fits), tuple(h for _, h in fits)), x[kept]
+    to_units = [jnp.asarray(a, jnp.result_type(float)) for a in (centre, scale, mean, whiten)]
+    return Novelty(*to_units, members=tuple(d for d, _ in fits), histories=tuple(h for _, h in fits)), x[kept]
 
 
 def _fit_one(key, v, density, density_options, options):
