@@ -2,6 +2,7 @@
 
 from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.nle import NLE, LikelihoodPosterior
+from diffsbi.inference.novelty import Novelty, fit_novelty
 from diffsbi.inference.npe import NPE
 from diffsbi.inference.nre import NRE
 from diffsbi.inference.persist import load_posterior, prior_from_json, prior_to_json
@@ -21,10 +22,12 @@ __all__ = [
     "LikelihoodPosterior",
     "Marginals",
     "Member",
+    "Novelty",
     "Posterior",
     "ReweightedPosterior",
     "Rounds",
     "fit",
+    "fit_novelty",
     "gaussian_proposal",
     "load_posterior",
     "posterior_score",

@@ -214,6 +214,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
             "x_dim": int(rows["x"].shape[1]),
             "members": members,
             "simulations": len(self),
+            "x_range": [rows["x"].min(0).tolist(), rows["x"].max(0).tolist()],
             "scores_left_out": int(len(self) - rows["use"].sum()) if "use" in rows else 0,
         }
         return self._posterior(tuple(m for m, _ in fits), tuple(h for _, h in fits), json.dumps(config))

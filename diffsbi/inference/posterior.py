@@ -1,7 +1,9 @@
 r"""A fitted posterior: draws and densities in theta, whatever the space that it was learned in."""
 
 import abc
+import functools
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -35,8 +37,15 @@ class Member(eqx.Module):
         return self.standardiser.from_standard(draw(keys, wide), wide)
 
 
+_FAR_OUT = 0.5  # widths of a column's range, outside it, beyond which data are warned about
+_MOST_NAMED = 5
+
+
 class FittedPosterior(eqx.Module):
     """What posteriors of all estimators share.
+
+    Data that lie outside the range of the simulations, by more than half the range's width in some column, are
+    warned about, once for the same data.
 
     Attributes:
         prior: Names, supports, and the map to unconstrained space.
@@ -99,7 +108,44 @@ class FittedPosterior(eqx.Module):
         check_trailing("x", x, (self.x_dim,))
         if not isinstance(x, jax.core.Tracer):
             check_finite("x", np.asarray(x))
+            _check_range(np.asarray(x, float).reshape(-1, self.x_dim), self.config_json)
         return jnp.asarray(x, jnp.result_type(float))
+
+
+@functools.lru_cache(maxsize=64)
+def _range(config_json: str) -> np.ndarray | None:
+    """Least and largest value of every column of the training data, `(2, d)`; None for older posteriors."""
+    limits = json.loads(config_json).get("x_range")
+    return None if limits is None else np.asarray(limits, float)
+
+
+def _check_range(x: np.ndarray, config_json: str) -> None:
+    """Warn where a column of x `(n, d)` lies far outside what the fit has seen."""
+    limits = _range(config_json)
+    if limits is None:
+        return
+    low, high = limits
+    outside = np.maximum(low - x, x - high)
+    rounding = 1e-6 * np.maximum(np.abs(low), np.abs(high))  # of constant columns
+    by_row = outside > _FAR_OUT * (high - low) + rounding
+    if not by_row.any():
+        return
+    worst = np.argmax(outside, 0)
+    width = np.maximum(high - low, rounding)
+    columns = sorted(np.flatnonzero(by_row.any(0)), key=lambda j: -outside[worst[j], j] / max(width[j], 1e-300))
+    named = [f"column {j} is {x[worst[j], j]:.4g} (simulations {low[j]:.4g} to {high[j]:.4g})" for j in columns]
+    more = f", and {len(named) - _MOST_NAMED} more columns" if len(named) > _MOST_NAMED else ""
+    rows = f"{by_row.any(1).sum()} of {len(x)} rows of x lie" if len(x) > 1 else "x lies"
+    _warn_once(
+        f"{rows} far outside the simulations that this was fitted to: {'; '.join(named[:_MOST_NAMED])}{more}. The "
+        "result is an extrapolation: see diffsbi.diagnostics.misspecification.",
+        config_json,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_once(message: str, config_json: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 class Posterior(FittedPosterior):
