@@ -37,7 +37,7 @@ def stacking_weights(log_prob: Float[Array, "n m"], held_out) -> np.ndarray:
     compared: rows differ more than members do. So the table $\ell_{ik} = \log q_k(i)$ is read as
     $a_i + b_k + o_k [k \mathrm{\ trained\ on\ } i]$ plus noise. The $b_k$ (how good a member is) and $o_k$ (how much
     better it looks on rows that it has seen) are fitted by least squares, in which the rows' $a_i$ cancel; the $b_k$
-    are shrunk by their errors e to $b_k \tau^2/(\tau^2 + e^2)$, with $\tau^2$ their scatter beyond twice what the errors
+    are shrunk by their errors e to $b_k \tau^2/(\tau^2 + e^2)$, with $\tau^2$ their scatter beyond twice what errors
     explain; each $\ell_{ik}$ is corrected to what an unseen row would have given; and the rows that somebody held out
     are stacked, with ten more rows for each member, so that equally good members keep nearly equal weights.
 
