@@ -1,5 +1,6 @@
 """Losses, the one training loop, neural posterior, likelihood and ratio estimation, rounds, posterior objects."""
 
+from diffsbi.inference.bayesian import NetworkSpread, fit_chains, fit_variational, network_spread
 from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.nle import NLE, LikelihoodPosterior
 from diffsbi.inference.npe import NPE
@@ -10,6 +11,7 @@ from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.inference.rounds import Rounds, rounds
 from diffsbi.inference.training import History, fit, split_rows
+from diffsbi.inference.weighting import stacking_weights
 
 __all__ = [
     "NLE",
@@ -19,15 +21,20 @@ __all__ = [
     "History",
     "LikelihoodPosterior",
     "Member",
+    "NetworkSpread",
     "Posterior",
     "ReweightedPosterior",
     "Rounds",
     "fit",
+    "fit_chains",
+    "fit_variational",
     "gaussian_proposal",
     "load_posterior",
+    "network_spread",
     "posterior_score",
     "prior_from_json",
     "prior_to_json",
     "rounds",
     "split_rows",
+    "stacking_weights",
 ]
