@@ -90,7 +90,7 @@ def weighted(posterior, weights):
 
 @pytest.fixture(scope="module")
 def posterior(rows):
-    return estimator(NPE, rows).fit(jax.random.key(1), members=3, max_epochs=5)
+    return estimator(NPE, rows).fit(jax.random.key(1), members=3, max_epochs=5, weighting="equal")
 
 
 def test_draws_and_density_follow_the_weights(posterior):
@@ -100,6 +100,9 @@ def test_draws_and_density_follow_the_weights(posterior):
     nearest = np.round(draws[:, 0] / 10).astype(int)
     np.testing.assert_allclose(np.bincount(nearest, minlength=3) / 1000, weights, atol=0.002)
     assert np.any(np.diff(nearest) < 0)  # in random order
+    for n in (1, 7, 50):  # other divisions into blocks
+        nearest = np.round(np.asarray(mixture.sample(jax.random.key(n), n, x))[:, 0] / 10).astype(int)
+        np.testing.assert_allclose(np.bincount(nearest, minlength=3), n * np.asarray(weights), atol=1)
     several = mixture.sample(jax.random.key(2), 7, jnp.zeros((5, 2)))
     assert several.shape == (7, 5, 2)
     log_prob = eqx.filter_jit(lambda m: m.log_prob(jnp.asarray(draws), x[None]))
@@ -110,7 +113,8 @@ def test_draws_and_density_follow_the_weights(posterior):
     np.testing.assert_allclose(mixture.log_prob(draws, x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_equal_weights_are_the_default_and_the_same(posterior):
+def test_files_without_weights_have_equal_ones(posterior):
+    assert "weights" not in posterior.config
     np.testing.assert_allclose(posterior.weights, 1 / 3)
     u, x = jnp.zeros((4, 2)), jnp.ones((4, 2))
     mixture = eqx.filter_jit(mixture_log_prob)
@@ -119,7 +123,8 @@ def test_equal_weights_are_the_default_and_the_same(posterior):
 
 
 def test_weights_survive_the_disk(rows, posterior, tmp_path):
-    fitted = estimator(NPE, rows).fit(jax.random.key(1), members=2, max_epochs=5, weighting="validation")
+    fitted = estimator(NPE, rows).fit(jax.random.key(1), members=2, max_epochs=5)  # by validation, the default
+    assert fitted.config["weights"] == fitted.weights.tolist()
     assert fitted.weights.shape == (2,) and abs(fitted.weights.sum() - 1) < 1e-12
     for name, one in {"fitted": fitted, "changed": weighted(posterior, [0.1, 0.9, 0.0])}.items():
         one.save(tmp_path / name)
@@ -130,7 +135,7 @@ def test_weights_survive_the_disk(rows, posterior, tmp_path):
 
 
 def test_a_likelihood_uses_the_weights(rows):
-    fitted = estimator(NLE, rows).fit(jax.random.key(1), members=2, max_epochs=5)
+    fitted = estimator(NLE, rows).fit(jax.random.key(1), members=2, max_epochs=5, weighting="equal")
     theta, x = jnp.ones((3, 2)), jnp.zeros(2)
     only = type(fitted)(fitted.prior, fitted.members[1:], fitted.histories, fitted.config_json)
     chosen = type(fitted)(

@@ -178,7 +178,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         learning_rate: float = 1e-3,
         weight_decay: float = 1.0,
         validation_fraction: float = 0.1,
-        weighting: str = "equal",
+        weighting: str | None = None,
         progress: bool = False,
     ) -> Fitted:
         """Fit to all appended rows.
@@ -193,14 +193,16 @@ class Estimator(abc.ABC, Generic[Fitted]):
             learning_rate: First step size of Adam.
             weight_decay: Decoupled weight decay (as AdamW): towards the linear-Gaussian answer.
             validation_fraction: Rows kept aside to decide when to stop.
-            weighting: "equal", or "validation": the mixture's weights by the rows that members did not train on
-                (`stacking_weights`), which leaves out members that failed.
+            weighting: "validation": the mixture's weights by the rows that members did not train on
+                (`stacking_weights`); "equal"; None for the former wherever the loss is a log-density (not for NRE,
+                nor the atomic correction).
             progress: Show a progress bar.
 
         Raises:
             ValueError: Fewer than 10 rows, or weights by validation where the loss is not a log-density.
         """
         check_key(key)
+        weighting = weighting or ("validation" if self._is_likelihood() else "equal")
         check_names([weighting], ["equal", "validation"], "weighting")
         if weighting == "validation" and not self._is_likelihood():
             raise ValueError("Expected weighting='equal' where the loss is a contrast (NRE, atomic); got 'validation'.")
@@ -213,7 +215,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
         fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
         config = self._config(rows, members)
-        if weighting == "validation":
+        if weighting == "validation" and members > 1:
             config["weights"] = validation_weights([(m, held_out) for m, _, held_out in fits], *self._roles(rows))
         return self._posterior(tuple(m for m, *_ in fits), tuple(h for _, h, _ in fits), json.dumps(config))
 

@@ -16,6 +16,8 @@ from diffsbi.inference.standardise import Standardiser
 from diffsbi.inference.training import History
 from diffsbi.prior import Prior
 
+_BLOCKS = 16  # of draws of members with weights
+
 
 class Member(eqx.Module):
     r"""One fitted density $q(v | c)$ with its coordinates; together $q(u | x) = q(v | c) |\partial v/\partial u|$."""
@@ -174,13 +176,20 @@ def sample_of(core, key, n, x):
 
 
 def _weighted_draws(members, weights, key, n, x):
-    """Every member draws n, so that nothing is compiled anew for other weights; of each draw one member's is kept."""
-    key_start, key_order, *keys = jax.random.split(key, len(members) + 2)
-    draws = jnp.stack([m.sample(k, n, x) for m, k in zip(members, keys, strict=True)])
-    edges = jnp.cumsum(weights) / jnp.sum(weights)
+    """Draws in blocks of one member each, so that nothing is compiled anew for other weights and little is wasted."""
+    key_start, key_order, key = jax.random.split(key, 3)
     places = (jnp.arange(n) + jax.random.uniform(key_start)) / n
+    edges = jnp.cumsum(weights) / jnp.sum(weights)
     member = jnp.minimum(jnp.searchsorted(edges, places, side="right"), len(members) - 1)
-    return draws[jax.random.permutation(key_order, member), jnp.arange(n)]
+    size = -(-n // min(n, _BLOCKS))
+    counts = jnp.bincount(member, length=len(members))
+    ends = jnp.cumsum(-(-counts // size))
+    first = (ends + counts // -size)[member] * size - (jnp.cumsum(counts) - counts)[member]  # less its draws' own place
+    n_blocks = -(-n // size) + len(members)
+    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(n_blocks), side="right"), len(members) - 1)
+    branches = [lambda key, m=m: m.sample(key, size, x) for m in members]
+    draws = jax.lax.map(lambda a: jax.lax.switch(a[0], branches, a[1]), (owner, jax.random.split(key, n_blocks)))
+    return draws.reshape(-1, *draws.shape[2:])[jax.random.permutation(key_order, first + jnp.arange(n))]
 
 
 @eqx.filter_jit
