@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 
 from diffsbi.inference import NLE, NPE, NRE, Posterior, fit_chains, fit_variational, load_posterior, network_spread
-from diffsbi.inference.bayesian import NegativeElbo, Weights
+from diffsbi.inference.bayesian import NegativeElbo, Weights, _judged
 from diffsbi.inference.losses import ScoredDensity, WithoutScore
 from diffsbi.inference.training import fit
+from diffsbi.sampling import Chains
 from diffsbi.simulators.linear_gaussian import linear_gaussian
 
 SMALL = {"layers": 1, "width": 8, "depth": 1}
 SIM = linear_gaussian(dim=2, n_latents=2, n_data=3)
-X = SIM.draw(jax.random.key(99), 5).x
+ROWS = SIM.draw(jax.random.key(1), 665)  # 360 to train, 5 to condition on, 300 to test
+X = ROWS.x[360:365]
 SHORT = {"members": 16, "n_warmup": 150, "n_samples": 100, "max_tree_depth": 5, "max_epochs": 50}
 
 
 def estimator(n, kind=NPE, with_score=False, **options):
-    rows = SIM.draw(jax.random.key(1), n)
     kind = kind(SIM, "coupling", density_options=SMALL, **options) if kind is not NRE else NRE(SIM, width=8, depth=1)
-    return kind.append(rows.theta, rows.x, rows.score if with_score else None)
+    return kind.append(ROWS.theta[:n], ROWS.x[:n], ROWS.score[:n] if with_score else None)
 
 
 def exact(x=X):
@@ -34,7 +35,7 @@ def exact(x=X):
 
 def by_regression(n, x=X):
     r"""Standard error of a regression's prediction at x, in units of its residual: $\sqrt{(1 + |c|^2)/N}$."""
-    rows = np.asarray(SIM.draw(jax.random.key(1), n).x)
+    rows = np.asarray(ROWS.x[:n])
     moved = np.asarray(x) - rows.mean(0)
     distance = np.einsum("ni,ij,nj->n", moved, np.linalg.inv(np.cov(rows.T)), moved)
     return np.sqrt(np.mean(1 + distance) / n)
@@ -71,28 +72,37 @@ def test_variational_and_sampled_spreads_agree_within_a_factor_of_about_two(samp
 def test_the_posterior_stays_near_the_exact_one(name, request):
     posterior = request.getfixturevalue(name)
     assert isinstance(posterior, Posterior) and len(posterior.members) == 16
-    draws = np.asarray(posterior.sample(jax.random.key(3), 1600, X))
+    mean, width = moments(posterior)
     means, widths = exact()
     # The simulations themselves move the mean by the regression's standard error.
-    assert np.sqrt(np.mean(((draws.mean(0) - means) / widths) ** 2)) < 2 * by_regression(40)
-    np.testing.assert_allclose(np.mean(draws.std(0) / widths), 1.0, atol=0.2)
+    assert np.sqrt(np.mean(((mean - means) / widths) ** 2)) < 2 * by_regression(40)
+    np.testing.assert_allclose(np.mean(width / widths), 1.0, atol=0.2)
+
+
+def moments(posterior):
+    """Mean and width of theta under the mixture of all members."""
+    spread = network_spread(posterior, jax.random.key(3), 1000, X)
+    return spread.means.mean(0), np.sqrt(np.mean(spread.widths**2, 0) + spread.means.var(0))
 
 
 def test_a_network_that_was_trained_too_long_claims_too_little_width(sampled):
     """The minimum of the training loss against the mixture over the weights: widths, and held-out log-probability."""
     start = estimator(40)._start(jax.random.key(2), estimator(40)._unconstrained_rows(), 0.1, {})
     rows = {name: jnp.concatenate([start.train[name], start.validation[name]]) for name in start.train}
-    model, _ = fit(
-        jax.random.key(0), start.model, rows, rows, start.loss, max_epochs=1500, patience=1500, learning_rate=1e-2
-    )
-    member = type(sampled.members[0])(start.standardiser, model.density)
-    config = json.dumps(sampled.config | {"members": 1})
-    single = Posterior(sampled.prior, (member,), sampled.histories, config)
-    test = SIM.draw(jax.random.key(98), 300)
-    gain = np.asarray(sampled.log_prob(test.theta, test.x)) - np.asarray(single.log_prob(test.theta, test.x))
+    longest = {"max_epochs": 600, "patience": 600, "learning_rate": 2e-2}
+    model, _ = fit(jax.random.key(0), start.model, rows, rows, start.loss, **longest)
+    single = alone(sampled, type(sampled.members[0])(start.standardiser, model.density))
+    values = [alone(sampled, m).log_prob(ROWS.theta[365:], ROWS.x[365:]) for m in (*single.members, *sampled.members)]
+    gain = np.asarray(jax.nn.logsumexp(jnp.stack(values[1:]), axis=0) - np.log(16) - values[0])
+    gain = np.clip(gain, -5, 5)  # a few rows, of which the single network is certain that they do not happen
     assert gain.mean() > 3 * gain.std() / np.sqrt(len(gain)) > 0
-    widths = [np.asarray(p.sample(jax.random.key(3), 800, X)).std(0).mean() for p in (single, sampled)]
-    assert widths[0] < widths[1]
+    width = np.asarray(single.sample(jax.random.key(3), 1000, X)).std(0)
+    assert np.mean(width) < np.mean(moments(sampled)[1])
+
+
+def alone(posterior, member):
+    config = json.dumps(posterior.config | {"members": 1})
+    return Posterior(posterior.prior, (member,), posterior.histories, config)
 
 
 @pytest.mark.slow
@@ -105,7 +115,9 @@ def test_draws_of_the_weights_are_saved(sampled, tmp_path):
     sampled.condition(X[0]).save(tmp_path / "a")
     loaded = load_posterior(tmp_path / "a")
     assert loaded.config == sampled.config and loaded.config["network"]["method"] == "chains"
-    np.testing.assert_array_equal(loaded.sample(jax.random.key(1), 32), sampled.sample(jax.random.key(1), 32, X[0]))
+    assert eqx.tree_equal(*(eqx.filter(p.members, eqx.is_array) for p in (loaded, sampled)))
+    one = [alone(p, p.members[7]).log_prob(jnp.zeros(2), X) for p in (loaded, sampled)]
+    np.testing.assert_array_equal(*one)
 
 
 def test_spread_of_members_that_are_known(sampled):
@@ -157,15 +169,29 @@ def test_every_estimator_with_scores(kind):
 
 
 def test_chains_that_have_not_converged_are_told():
-    with pytest.warns(UserWarning, match="largest R-hat .* of what they predict"):
-        settings = SHORT | {"n_warmup": 0, "n_samples": 10, "max_tree_depth": 1, "members": 2, "max_epochs": 1}
-        posterior = fit_chains(estimator(20), jax.random.key(0), **settings)
-    assert posterior.config["network"]["rhat"] > 1.1
+    """Two chains about different weights, of which one diverged twice."""
+    with_rows = estimator(40)
+    start = with_rows._start(jax.random.key(2), with_rows._unconstrained_rows(), 0.1, {})
+    weights = Weights(start.model, 0.1)
+    rng = np.random.default_rng(0)
+    theta = 0.1 * rng.standard_normal((2, 20, weights.scale.size)).astype(np.float32)
+    zero, diverging = np.zeros((2, 20)), np.zeros((2, 20), bool)
+    diverging[1, :2] = True
+    names = tuple(map(str, range(weights.scale.size)))
+    chains = Chains(theta, names, zero, zero, diverging, zero.astype(int), np.ones(2), 1, 0, {})
+    with pytest.warns(UserWarning, match="of what they predict, 2 divergences in 40 transitions"):
+        account = _judged(chains, with_rows, start, weights, jax.random.key(0))
+    assert account["divergences"] == 2 and account["rhat"] < 1.1
+    apart = eqx.tree_at(lambda c: (c.theta, c.diverging), chains, (theta + np.array([[[0.0]], [[1.0]]]), zero > 0))
+    with pytest.warns(UserWarning, match="largest R-hat .* of what they predict, 0 divergences"):
+        assert _judged(apart, with_rows, start, weights, jax.random.key(0))["rhat"] > 1.5
 
 
 def test_bad_settings_are_named(sampled):
     key = jax.random.key(0)
-    large = NPE(SIM, density_options={"width": 200}).append(SIM.prior.sample(key, (20,)), jnp.ones((20, 3)))
+    large = NPE(SIM, "coupling", density_options={"layers": 2, "width": 150}).append(
+        SIM.prior.sample(key, (20,)), jnp.ones((20, 3))
+    )
     with pytest.raises(
         ValueError, match=r"at most 20000 weights to sample; the density has \d{5,}. Use fit_variational"
     ):

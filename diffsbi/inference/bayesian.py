@@ -259,6 +259,12 @@ def network_spread(posterior: FittedPosterior, key: Key, n: int = 1000, x=None) 
     draws = [
         np.asarray(_alone(posterior, int(k)).sample(one, n, x)).astype(float) for k, one in zip(kept, keys, strict=True)
     ]
+    wild = [int(k) for k, d in zip(kept, draws, strict=True) if not np.isfinite(d).all()]
+    if wild:
+        warnings.warn(
+            f"Members {wild} have draws of theta that are not finite, and so no spread: take a smaller prior_scale.",
+            stacklevel=2,
+        )
     means, widths = np.stack([d.mean(0) for d in draws]), np.stack([d.std(0, ddof=1) for d in draws])
     weights = posterior.weights[kept]
     average = lambda a: np.tensordot(weights, a, 1)  # noqa: E731
