@@ -1,5 +1,6 @@
 """Losses, the one training loop, neural posterior, likelihood and ratio estimation, rounds, posterior objects."""
 
+from diffsbi.inference.bayesian import NetworkSpread, fit_chains, fit_variational, network_spread
 from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.nle import NLE, LikelihoodPosterior
 from diffsbi.inference.novelty import Novelty, fit_novelty
@@ -12,6 +13,7 @@ from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.inference.rounds import Rounds, rounds
 from diffsbi.inference.tmnre import Marginals, truncated_marginals
 from diffsbi.inference.training import History, fit, split_rows
+from diffsbi.inference.weighting import stacking_weights
 
 __all__ = [
     "NLE",
@@ -23,17 +25,22 @@ __all__ = [
     "Marginals",
     "Member",
     "Novelty",
+    "NetworkSpread",
     "Posterior",
     "ReweightedPosterior",
     "Rounds",
     "fit",
     "fit_novelty",
+    "fit_chains",
+    "fit_variational",
     "gaussian_proposal",
     "load_posterior",
+    "network_spread",
     "posterior_score",
     "prior_from_json",
     "prior_to_json",
     "rounds",
     "split_rows",
     "truncated_marginals",
+    "stacking_weights",
 ]

@@ -21,6 +21,7 @@ from diffsbi.inference.losses import (
     FirstTerm,
     MeasuredScore,
     ScoredDensity,
+    Start,
     WeightedScore,
     WithoutScore,
     first_noise,
@@ -33,7 +34,8 @@ from diffsbi.inference.losses import (
 from diffsbi.inference.posterior import Member
 from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
-from diffsbi.inference.training import History, fit, split_rows
+from diffsbi.inference.training import History, fit, schedule, split_rows
+from diffsbi.inference.weighting import validation_weights
 from diffsbi.prior import Prior
 
 SMALLEST_N = 10
@@ -176,13 +178,14 @@ class Estimator(abc.ABC, Generic[Fitted]):
         learning_rate: float = 1e-3,
         weight_decay: float = 1.0,
         validation_fraction: float = 0.1,
+        weighting: str | None = None,
         progress: bool = False,
     ) -> Fitted:
         """Fit to all appended rows.
 
         Args:
             key: Initial weights, validation split and order of the rows.
-            members: Densities to fit, each with its own split and start; the posterior is their equal mixture,
+            members: Densities to fit, each with its own split and start; the posterior is their mixture,
                 which overfits less than any of them (they share one compilation).
             max_epochs: Most epochs; by default those of about 5 000 steps, at least 50.
             batch_size: Rows per step; by default 32 to 256, growing with the number of rows.
@@ -190,24 +193,35 @@ class Estimator(abc.ABC, Generic[Fitted]):
             learning_rate: First step size of Adam.
             weight_decay: Decoupled weight decay (as AdamW): towards the linear-Gaussian answer.
             validation_fraction: Rows kept aside to decide when to stop.
+            weighting: "validation": the mixture's weights by the rows that members did not train on
+                (`stacking_weights`); "equal"; None for the former wherever the loss is a log-density (not for NRE,
+                nor the atomic correction).
             progress: Show a progress bar.
 
         Raises:
-            ValueError: Fewer than 10 rows.
+            ValueError: Fewer than 10 rows, or weights by validation where the loss is not a log-density.
         """
         check_key(key)
+        weighting = weighting or ("validation" if self._is_likelihood() else "equal")
+        check_names([weighting], ["equal", "validation"], "weighting")
+        if weighting == "validation" and not self._is_likelihood():
+            raise ValueError("Expected weighting='equal' where the loss is a contrast (NRE, atomic); got 'validation'.")
         if len(self) < SMALLEST_N:
             raise ValueError(f"Expected at least {SMALLEST_N} simulations to fit; got {len(self)}.")
         if members < 1:
             raise ValueError(f"Expected members >= 1; got {members}.")
         rows = self._unconstrained_rows()
-        batch_size = batch_size or int(np.clip(len(self) // 10, 32, 256))
-        patience = patience or max(20, 400 * batch_size // len(self))
-        max_epochs = max_epochs or max(50, 5000 * batch_size // len(self))
-        options: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
+        options = schedule(len(self), max_epochs, batch_size, patience)
         options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
         fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
-        config = {
+        config = self._config(rows, members)
+        if weighting == "validation" and members > 1:
+            config["weights"] = validation_weights([(m, held_out) for m, _, held_out in fits], *self._roles(rows))
+        return self._posterior(tuple(m for m, *_ in fits), tuple(h for _, h, _ in fits), json.dumps(config))
+
+    def _config(self, rows: dict[str, np.ndarray], members: int) -> dict[str, Any]:
+        """What a posterior's file says about it."""
+        return {
             "estimator": type(self).__name__,
             "density": self.density if isinstance(self.density, str) else None,
             "density_options": self.density_options,
@@ -217,7 +231,6 @@ class Estimator(abc.ABC, Generic[Fitted]):
             "x_range": [rows["x"].min(0).tolist(), rows["x"].max(0).tolist()],
             "scores_left_out": int(len(self) - rows["use"].sum()) if "use" in rows else 0,
         }
-        return self._posterior(tuple(m for m, _ in fits), tuple(h for _, h in fits), json.dumps(config))
 
     def _unconstrained_rows(self) -> dict[str, np.ndarray]:
         thetas, xs, scores, _ = zip(*self._rows, strict=True)
@@ -268,12 +281,23 @@ class Estimator(abc.ABC, Generic[Fitted]):
         """Further columns of the rows, for the loss."""
         return {}
 
+    def _is_likelihood(self) -> bool:
+        """Whether the first term of the loss is a mean negative log-density."""
+        return True
+
     def _density(self, key: Key, dim: int, condition_dim: int):
         """What is trained, untrained."""
         return build_density(key, self.density, dim, condition_dim, self.density_options)
 
     def _fit_one(self, key, rows, validation_fraction, options):
-        key_split, key_density, key_linear, key_fit = jax.random.split(key, 4)
+        key_fit = jax.random.split(key, 4)[3]
+        start = self._start(key, rows, validation_fraction, options)
+        model, history = fit(key_fit, start.model, start.train, start.validation, start.loss, **options)
+        return self._member(start.standardiser, model.density), history, start.held_out
+
+    def _start(self, key, rows, validation_fraction, options) -> Start:
+        """All that a fit needs, the model at its linear start."""
+        key_split, key_density, key_linear, _ = jax.random.split(key, 4)
         train, held_out = split_rows(key_split, len(rows["u"]), validation_fraction)
         modelled, condition = self._roles(rows)
         standardiser = fit_standardiser(modelled[train], condition[train])
@@ -294,8 +318,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         model = ScoredDensity(density)
         if "score" in data:
             model = self._linear_start(key_linear, density, data, validation, loss, options)
-        model, history = fit(key_fit, model, data, validation, loss, **options)
-        return self._member(standardiser, model.density), history
+        return Start(standardiser, model, data, validation, loss, held_out)
 
     def _loss(self, data, along: Array | None, first: FirstTerm) -> AbstractScoreLoss:
         if "score" not in data:

@@ -2,7 +2,7 @@ r"""Losses of conditional densities: the negative log-likelihood, and the score 
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from flowjax.distributions import AbstractDistribution
 
 from diffsbi._types import Array, Float, Key
+from diffsbi.inference.standardise import Standardiser
 from diffsbi.prior import Prior
 
 _SMALLEST_NOISE = 0.05  # of the score, in units of the standardised posterior's own score
@@ -171,6 +172,17 @@ class AbstractScoreLoss(eqx.Module):
     @abc.abstractmethod
     def __call__(self, params, static, batch, key) -> Array:
         """Mean over the batch."""
+
+
+class Start(NamedTuple):
+    """What one fit starts from; rows are standardised, `held_out` are the indices of those for validation."""
+
+    standardiser: Standardiser
+    model: ScoredDensity
+    train: dict[str, Array]
+    validation: dict[str, Array]
+    loss: AbstractScoreLoss
+    held_out: np.ndarray
 
 
 class WithoutScore(AbstractScoreLoss):

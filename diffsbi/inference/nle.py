@@ -16,7 +16,7 @@ _CANDIDATES = 2000  # prior draws among which the chains' starts are chosen
 class LikelihoodPosterior(FittedPosterior):
     r"""$p(\theta) q(x | \theta)$ up to a constant, sampled by NUTS in unconstrained space.
 
-    The likelihood is the equal mixture of the members, which are fitted densities (or ratios) of x.
+    The likelihood is the mixture of the members, which are fitted densities (or ratios) of x.
     """
 
     @property
@@ -27,7 +27,8 @@ class LikelihoodPosterior(FittedPosterior):
         """log q(x | theta), shape `(*n,)`, leading dimensions broadcast against each other; theta inside the prior."""
         check_trailing("theta", theta, (self.prior.dim,))
         theta = jnp.asarray(theta, jnp.result_type(float))
-        return mixture_log_prob(self.members, self._data(x), self.prior.to_unconstrained(theta))
+        members, weights = self._mixture()
+        return mixture_log_prob(members, self._data(x), self.prior.to_unconstrained(theta), weights)
 
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         r"""$\log p(\theta) + \log q(x | \theta)$, the posterior up to a constant; −inf outside the prior's support."""
@@ -48,12 +49,13 @@ class LikelihoodPosterior(FittedPosterior):
             raise ValueError(f"Expected one observation, x with shape ({self.x_dim},); got {data.shape}.")
         key_prior, key_choose, key_spread, key_chain = jax.random.split(check_key(key), 4)
         u = self.prior.to_unconstrained(self.prior.sample(key_prior, (_CANDIDATES,)))
-        likely = mixture_log_prob(self.members, data, u)
+        members, weights = self._mixture()
+        likely = mixture_log_prob(members, data, u, weights)
         start = jax.random.categorical(key_choose, jnp.where(jnp.isfinite(likely), likely, -jnp.inf), shape=(n_chains,))
         # Chains that start at one candidate are told apart by their momenta only: spread them a little.
         spread = 0.1 * jnp.broadcast_to(jnp.std(u, 0), (n_chains, self.prior.dim))
         init = u[start] + spread * jax.random.normal(key_spread, (n_chains, self.prior.dim))
-        target = _Target(self.prior, self.members, data)
+        target = _Target(self.prior, members, data, weights)
         settings = dict(n_warmup=400, chain_method="vectorized", mass="dense") | settings
         n_warmup = settings.pop("n_warmup")
         return nuts(
@@ -90,9 +92,10 @@ class _Target(eqx.Module):
     prior: Prior
     members: tuple[Member, ...]
     x: Array
+    weights: Array | None = None
 
     def __call__(self, u):
-        return self.prior.log_prob_unconstrained(u) + mixture_log_prob(self.members, self.x, u)
+        return self.prior.log_prob_unconstrained(u) + mixture_log_prob(self.members, self.x, u, self.weights)
 
 
 class NLE(Estimator[LikelihoodPosterior]):

@@ -84,8 +84,11 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
             )
         return {"weight": weight / jnp.mean(weight)}
 
+    def _is_likelihood(self):
+        return self._proposals() is None or self.correction != "atomic"
+
     def _first(self, standardiser):
-        if self._proposals() is None or self.correction != "atomic":
+        if self._is_likelihood():
             return mean_nll
         return Atomic(self.n_atoms, jnp.linalg.solve(standardiser.lower, standardiser.slope))
 

@@ -76,6 +76,9 @@ class NRE(NLE):
     def _density(self, key: Key, dim: int, condition_dim: int):
         return ratio_network(key, dim, condition_dim, **self.density_options)
 
+    def _is_likelihood(self):
+        return False
+
     def _first(self, standardiser):
         return Contrast(self.n_classes, self.gamma, self._along(standardiser))
 

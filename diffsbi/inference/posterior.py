@@ -18,6 +18,8 @@ from diffsbi.inference.standardise import Standardiser
 from diffsbi.inference.training import History
 from diffsbi.prior import Prior
 
+_BLOCKS = 16  # of draws of members with weights
+
 
 class Member(eqx.Module):
     r"""One fitted density $q(v | c)$ with its coordinates; together $q(u | x) = q(v | c) |\partial v/\partial u|$."""
@@ -68,6 +70,19 @@ class FittedPosterior(eqx.Module):
     @property
     def config(self) -> dict[str, Any]:
         return json.loads(self.config_json)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Weights of the members in the mixture, summing to one."""
+        given = self.config.get("weights")
+        return np.full(len(self.members), 1 / len(self.members)) if given is None else np.asarray(given, float)
+
+    def _mixture(self) -> tuple[tuple[Member, ...], Array | None]:
+        """The members with a weight, and the weights; None for equal ones."""
+        if self.config.get("weights") is None:
+            return self.members, None
+        kept = np.flatnonzero(self.weights > 0)
+        return tuple(self.members[k] for k in kept), jnp.asarray(self.weights[kept], jnp.result_type(float))
 
     @property
     @abc.abstractmethod
@@ -149,7 +164,7 @@ def _warn_once(message: str, config_json: str) -> None:
 
 
 class Posterior(FittedPosterior):
-    r"""$q(\theta | x)$, an equal mixture of its members in unconstrained space: no draw leaves the prior's support."""
+    r"""$q(\theta | x)$, a mixture of its members in unconstrained space: no draw leaves the prior's support."""
 
     @property
     def x_dim(self) -> int:
@@ -190,13 +205,15 @@ class Posterior(FittedPosterior):
         return jax.grad(lambda t: jnp.sum(log_prob_of(core, t, data)))(theta)
 
     def _core(self):
-        return self.prior, self.members
+        return self.prior, *self._mixture()
 
 
 @eqx.filter_jit
 def sample_of(core, key, n, x):
-    """Draws of the equal mixture `core = (prior, members)`."""
-    prior, members = core
+    """Draws of the mixture `core = (prior, members, weights)`; None for equal weights."""
+    prior, members, weights = core
+    if weights is not None:
+        return prior.from_unconstrained(_weighted_draws(members, weights, key, n, x))
     sizes = [n // len(members) + (i < n % len(members)) for i in range(len(members))]
     keys = jax.random.split(key, len(members) + 1)
     draws = [m.sample(k, size, x) for m, k, size in zip(members, keys[1:], sizes, strict=True) if size]
@@ -204,13 +221,30 @@ def sample_of(core, key, n, x):
     return prior.from_unconstrained(u)
 
 
+def _weighted_draws(members, weights, key, n, x):
+    """Draws in blocks of one member each, so that nothing is compiled anew for other weights and little is wasted."""
+    key_start, key_order, key = jax.random.split(key, 3)
+    places = (jnp.arange(n) + jax.random.uniform(key_start)) / n
+    edges = jnp.cumsum(weights) / jnp.sum(weights)
+    member = jnp.minimum(jnp.searchsorted(edges, places, side="right"), len(members) - 1)
+    size = -(-n // min(n, _BLOCKS))
+    counts = jnp.bincount(member, length=len(members))
+    ends = jnp.cumsum(-(-counts // size))
+    first = (ends + counts // -size)[member] * size - (jnp.cumsum(counts) - counts)[member]  # less its draws' own place
+    n_blocks = -(-n // size) + len(members)
+    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(n_blocks), side="right"), len(members) - 1)
+    branches = [lambda key, m=m: m.sample(key, size, x) for m in members]
+    draws = jax.lax.map(lambda a: jax.lax.switch(a[0], branches, a[1]), (owner, jax.random.split(key, n_blocks)))
+    return draws.reshape(-1, *draws.shape[2:])[jax.random.permutation(key_order, first + jnp.arange(n))]
+
+
 @eqx.filter_jit
 def log_prob_of(core, theta, x):
     """Its log-density in theta."""
-    prior, members = core
+    prior, members, weights = core
     inside, safe = within_support(prior, theta)
     u = prior.to_unconstrained(safe)
-    value = mixture_log_prob(members, u, x)
+    value = mixture_log_prob(members, u, x, weights)
     value = value - jnp.broadcast_to(prior.log_det_jacobian(u), value.shape)
     return jnp.where(jnp.broadcast_to(inside, value.shape), value, -jnp.inf)
 
@@ -225,12 +259,17 @@ def within_support(prior: Prior, theta: Float[Array, "*n p"]) -> tuple[Array, Fl
     return inside, jnp.where(inside[..., None], theta, fiducial)
 
 
-def mixture_log_prob(members, of: Float[Array, "*n a"], given: Float[Array, "*n b"]) -> Float[Array, "*n"]:
-    """Log-density of the equal mixture of the members, leading dimensions broadcast against each other."""
+def mixture_log_prob(
+    members, of: Float[Array, "*n a"], given: Float[Array, "*n b"], weights: Float[Array, " m"] | None = None
+) -> Float[Array, "*n"]:
+    """Log-density of the mixture of the members, leading dimensions broadcast; weights sum to one, None: equal ones."""
     batch = jnp.broadcast_shapes(of.shape[:-1], given.shape[:-1])
     of, given = (jnp.broadcast_to(a, (*batch, a.shape[-1])) for a in (of, given))
     values = jnp.stack([m.log_prob(of, given) for m in members])
-    return jax.nn.logsumexp(values, axis=0) - jnp.log(len(members))
+    if weights is None:
+        return jax.nn.logsumexp(values, axis=0) - jnp.log(len(members))
+    log_weights = jnp.log(weights).reshape(-1, *(1,) * len(batch))
+    return jax.nn.logsumexp(values + jnp.broadcast_to(log_weights, values.shape), axis=0)
 
 
 def truncated_prior(posterior: FittedPosterior, key: Key, n: int, x=None, *, outside=1e-4, most_candidates=10_000_000):

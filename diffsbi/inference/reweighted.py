@@ -58,7 +58,7 @@ class ReweightedPosterior(FittedPosterior):
         return truncated_prior(self, key, n, x)
 
     def _core(self):
-        return self.prior, self.members
+        return self.prior, *self._mixture()
 
     def _sample_one(self, key: Key, n: int, x: Float[Array, " d"]) -> Float[Array, "n p"]:
         key_choose, key = jax.random.split(key)

@@ -48,6 +48,14 @@ def split_rows(key: Key, n: int, validation_fraction: float) -> tuple[np.ndarray
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
+def schedule(n: int, max_epochs: int | None, batch_size: int | None, patience: int | None) -> dict[str, Any]:
+    """Settings of `fit` for n rows; None: batches of 32 to 256, about 5 000 steps, 400 of them without improvement."""
+    batch_size = batch_size or int(np.clip(n // 10, 32, 256))
+    patience = patience or max(20, 400 * batch_size // n)
+    max_epochs = max_epochs or max(50, 5000 * batch_size // n)
+    return {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
+
+
 def fit(
     key: Key,
     model,
