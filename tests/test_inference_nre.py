@@ -48,7 +48,7 @@ def test_offset_makes_the_linear_models_exact_ratio(x64):
 
 def test_one_class_at_even_odds_is_the_cross_entropy(x64):
     rows, along = batch(40)
-    loss = Contrast(1, 1.0)(ExactRatio(), rows, along)
+    loss = Contrast(1, 1.0, along)(ExactRatio(), rows, None)
     x, c = rows["c"] @ MATRIX.T + NOISE * rows["v"], rows["c"]
     right = ExactRatio().log_prob(rows["v"], c) + rows["offset"]
     other = jnp.roll(c, -1, axis=0)
@@ -64,7 +64,7 @@ def test_the_contrast_is_least_at_the_exact_ratio(x64, classes, gamma):
     def loss(scale, offset):
         ratio = ExactRatio()
         ratio.scale = scale
-        return Contrast(classes, gamma)(ratio, rows | {"offset": rows["offset"] + offset}, along)
+        return Contrast(classes, gamma, along)(ratio, rows | {"offset": rows["offset"] + offset}, None)
 
     slope = jax.grad(loss, (0, 1))(1.0, 0.0)
     np.testing.assert_allclose(slope, 0.0, atol=0.02)

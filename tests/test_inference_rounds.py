@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import diffsbi as ds
+from diffsbi.inference.posterior import truncated_prior
 
 SMALL = {"width": 16, "depth": 1, "layers": 1, "ramps": 4}
 FIT = {"members": 1}
@@ -70,7 +71,7 @@ def test_a_region_with_little_prior_is_told(linear, observed):
     draws = linear.draw(jax.random.key(3), 30, latents="whitened")
     posterior = ds.NPE(linear, density_options=SMALL).append(draws.theta, draws.x).fit(jax.random.key(0), max_epochs=1)
     with pytest.raises(ValueError, match="Expected 90000 draws of the prior within the posterior's region; 20000 cand"):
-        posterior.propose(jax.random.key(5), 90_000, observed, most_candidates=20_000)
+        truncated_prior(posterior, jax.random.key(5), 90_000, observed, most_candidates=20_000)
 
 
 @pytest.mark.parametrize("wrong", [{"n_rounds": 0}, {"n_per_round": 0}, {"tolerance": 0.0}])
