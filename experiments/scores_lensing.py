@@ -61,8 +61,10 @@ PRESETS = {
     ),
     "paper": Config(),
     "prior": Config(proposal="prior", seeds=3),
-    # One 256² score averaged over four draws of the latents costs some seconds.
-    "large": Config(256, n_scored=200, seeds=4, n=(25, 50, 100, 200, 400, 1000, 2000), ess=1000.0, n_reference=8000),
+    # The full configuration; the sizes past the scored ones tell how many simulations without scores it takes.
+    "large": Config(
+        256, n=(50, 100, 200, 400, 1000, 2000), n_scored=200, seeds=4, ess=1000.0, n_reference=8000, members=2
+    ),
 }  # fmt: skip
 
 
