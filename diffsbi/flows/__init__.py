@@ -7,6 +7,7 @@ from flowjax.distributions import AbstractDistribution
 
 from diffsbi._types import check_names
 from diffsbi.flows.constructors import coupling, masked_autoregressive, smooth_flow, spline_flow
+from diffsbi.flows.mixture import mixture_density
 from diffsbi.flows.ramps import LogisticRamps
 
 FLOWS: dict[str, Callable[..., AbstractDistribution]] = {
@@ -15,6 +16,7 @@ FLOWS: dict[str, Callable[..., AbstractDistribution]] = {
     "masked_autoregressive": masked_autoregressive,
     "coupling": coupling,
     "spline": spline_flow,
+    "mixture": mixture_density,
 }
 NOT_SMOOTH = frozenset({"spline"})
 
@@ -32,6 +34,7 @@ __all__ = [
     "coupling",
     "is_smooth",
     "masked_autoregressive",
+    "mixture_density",
     "smooth_flow",
     "spline_flow",
 ]
