@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffsbi.flows import FLOWS, NOT_SMOOTH, LogisticRamps, is_smooth
+from diffsbi.flows import FLOWS, NOT_SMOOTH, AngularFlow, LogisticRamps, is_smooth
 from diffsbi.flows.affine import ConditionalAffine, with_linear_part
 
 SMALL = {"width": 16, "depth": 1}
-OWN = {"mixture": {"components": 3}}  # where there are no layers
+OWN = {"mixture": {"components": 3}, "continuous": {"steps": 16}}  # where there are no layers
+SOLVED = {"continuous": 1e-4}  # where the inverse is the solution backwards, equal up to the solver's error
 NAMES = sorted(FLOWS)
 BIJECTIONS = [name for name in NAMES if name != "mixture"]
 
@@ -46,14 +47,15 @@ def test_round_trip_and_log_det(x64, name, dim, condition_dim):
         return back, forward, backward, jnp.linalg.slogdet(jacobian)[1]
 
     back, forward, backward, autodiff = jax.vmap(lambda v: both(bijection, v))(v)
-    np.testing.assert_allclose(back, v, atol=1e-9)
-    np.testing.assert_allclose(forward, -backward, atol=1e-9)
-    np.testing.assert_allclose(backward, autodiff, atol=1e-9)
+    tolerance = SOLVED.get(name, 1e-9)
+    np.testing.assert_allclose(back, v, atol=tolerance)
+    np.testing.assert_allclose(forward, -backward, atol=tolerance)
+    np.testing.assert_allclose(backward, autodiff, atol=tolerance)
 
 
 @pytest.mark.parametrize(
     ("name", "dim", "points", "edge"),
-    [(n, 2, 251, 25.0) for n in NAMES] + [(n, 1, 2001, 60.0) for n in ("smooth", "coupling", "mixture")],
+    [(n, 2, 251, 25.0) for n in NAMES] + [(n, 1, 2001, 60.0) for n in ("smooth", "coupling", "mixture", "continuous")],
 )
 def test_integrates_to_one(x64, name, dim, points, edge):
     flow = with_linear_part(make(name, dim, None if dim == 1 else 2, moved_by=0.15))
@@ -67,7 +69,7 @@ def test_integrates_to_one(x64, name, dim, points, edge):
     assert abs(float(jnp.sum(density * volume)) - 1) < 2e-3
 
 
-@pytest.mark.parametrize("name", ["smooth", "smooth_coupling"])
+@pytest.mark.parametrize("name", ["smooth", "smooth_coupling", "continuous"])
 def test_samples_follow_the_density(x64, name):
     flow, c = make(name, 2, 2), condition_of(2)
     # Drawing goes one way through the bijection, the density the other way.
@@ -273,3 +275,43 @@ def mixture_spread(components, dim):
 def test_mixture_without_components_is_refused():
     with pytest.raises(ValueError, match="components >= 1; got 0"):
         FLOWS["mixture"](jax.random.key(0), 2, components=0)
+
+
+# The continuous flow
+
+
+def test_error_of_the_continuous_flow_falls_with_the_fourth_power_of_the_steps(x64):
+    flow, c, v = make("continuous", 2, 2, moved_by=0.5), condition_of(2), jnp.asarray([0.4, -0.7])
+
+    @eqx.filter_jit
+    def ends(bijection, v):
+        return jnp.append(*bijection.inverse_and_log_det(v, c)), bijection.transform(v, c)
+
+    def at(steps):
+        return ends(AngularFlow(flow.bijection.network, 2, 2, steps), v)
+
+    exact, coarse, fine = at(128), at(8), at(16)
+    for i in range(2):
+        ratio = np.linalg.norm(coarse[i] - exact[i]) / np.linalg.norm(fine[i] - exact[i])
+        assert 10 < ratio < 25
+    np.testing.assert_allclose(exact[1], flow.bijection.transform_and_log_det(v, c)[0], atol=1e-4)
+
+
+def test_score_loss_of_the_continuous_flow_has_the_gradient_of_finite_differences(x64):
+    """The gradient in the parameters of the squared gradient in theta: what training on scores takes."""
+    flow, c, v = make("continuous", 2, 2), condition_of(2), jnp.asarray([0.4, -0.7])
+    arrays, static = eqx.partition(flow, eqx.is_inexact_array)
+    flat, unravel = jax.flatten_util.ravel_pytree(arrays)
+
+    @jax.jit
+    def loss(flat):
+        return jnp.sum(jax.grad(eqx.combine(unravel(flat), static).log_prob)(v, c) ** 2)
+
+    direction = jax.random.normal(jax.random.key(9), flat.shape)
+    difference = (loss(flat + 1e-5 * direction) - loss(flat - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose(jax.grad(loss)(flat) @ direction, difference, rtol=1e-6)
+
+
+def test_continuous_flow_without_steps_is_refused():
+    with pytest.raises(ValueError, match="steps >= 1; got 0"):
+        FLOWS["continuous"](jax.random.key(0), 2, steps=0)

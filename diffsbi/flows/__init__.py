@@ -7,6 +7,7 @@ from flowjax.distributions import AbstractDistribution
 
 from diffsbi._types import check_names
 from diffsbi.flows.constructors import coupling, masked_autoregressive, smooth_flow, spline_flow
+from diffsbi.flows.continuous import AngularFlow, continuous_flow
 from diffsbi.flows.mixture import mixture_density
 from diffsbi.flows.ramps import LogisticRamps
 
@@ -17,6 +18,7 @@ FLOWS: dict[str, Callable[..., AbstractDistribution]] = {
     "coupling": coupling,
     "spline": spline_flow,
     "mixture": mixture_density,
+    "continuous": continuous_flow,
 }
 NOT_SMOOTH = frozenset({"spline"})
 
@@ -30,7 +32,9 @@ def is_smooth(name: str) -> bool:
 __all__ = [
     "FLOWS",
     "NOT_SMOOTH",
+    "AngularFlow",
     "LogisticRamps",
+    "continuous_flow",
     "coupling",
     "is_smooth",
     "masked_autoregressive",
