@@ -1,5 +1,6 @@
 """Losses, the one training loop, neural posterior, likelihood and ratio estimation, rounds, posterior objects."""
 
+from diffsbi.inference.fmpe import FMPE
 from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.nle import NLE, LikelihoodPosterior
 from diffsbi.inference.npe import NPE
@@ -12,6 +13,7 @@ from diffsbi.inference.rounds import Rounds, rounds
 from diffsbi.inference.training import History, fit, split_rows
 
 __all__ = [
+    "FMPE",
     "NLE",
     "NPE",
     "NRE",

@@ -287,7 +287,12 @@ class Estimator(abc.ABC, Generic[Fitted]):
             out |= {name: jnp.asarray(rows[name][index]) for name in ("weight", "log_prior") if name in rows}
             return out | self._more(standardiser, out["v"], c)
 
-        data, validation = standardised(train), standardised(held_out)
+        keys = (key_density, key_linear, key_fit)
+        return self._train(keys, standardiser, standardised(train), standardised(held_out), options)
+
+    def _train(self, keys, standardiser: Standardiser, data, validation, options) -> tuple[Member, History]:
+        """One density from standardised rows; `keys` of its start, of the linear fit and of the fit."""
+        key_density, key_linear, key_fit = keys
         density = self._density(key_density, data["v"].shape[1], data["c"].shape[1])
         loss = self._loss(data, self._along(standardiser), self._first(standardiser))
         model = ScoredDensity(density)
