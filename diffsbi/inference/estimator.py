@@ -201,7 +201,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         if members < 1:
             raise ValueError(f"Expected members >= 1; got {members}.")
         rows = self._unconstrained_rows()
-        batch_size = batch_size or int(np.clip(len(self) // 10, 32, 256))
+        batch_size = batch_size or default_batch(len(self))
         patience = patience or max(20, 400 * batch_size // len(self))
         max_epochs = max_epochs or max(50, 5000 * batch_size // len(self))
         options: dict[str, Any] = {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
@@ -318,6 +318,11 @@ class Estimator(abc.ABC, Generic[Fitted]):
         rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}
         model, _ = fit(key_fit, model, data, validation, loss, **(options | rate))
         return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, model.level)
+
+
+def default_batch(n: int) -> int:
+    """Rows per step of n rows."""
+    return int(np.clip(n // 10, 32, 256))
 
 
 def first_model(key: Key, density, data: dict[str, Array], loss: AbstractScoreLoss) -> ScoredDensity:

@@ -1,4 +1,6 @@
-r"""Flow-matching posterior estimation: the velocity of a continuous flow by regression, with scores where there are any."""
+r"""Flow-matching posterior estimation: the velocity of a continuous flow by regression, on scores where there are any."""
+
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 
 from diffsbi._types import Array, Float, Key
 from diffsbi.flows.affine import with_linear_part
+from diffsbi.inference.estimator import default_batch
 from diffsbi.inference.losses import ScoredDensity, first_noise, mean_nll, noise_level
 from diffsbi.inference.npe import NPE
 from diffsbi.inference.training import fit
@@ -30,7 +33,9 @@ class FlowMatching(eqx.Module):
 
     def __call__(self, params, static, batch, key) -> Array:
         model = eqx.combine(params, static)
-        angle, noise = (batch[k] for k in ("angle", "noise")) if "angle" in batch else self.draw(key, batch["v"], _DRAWS)
+        angle, noise = (
+            (batch[k] for k in ("angle", "noise")) if "angle" in batch else self.draw(key, batch["v"], _DRAWS)
+        )
         wide = lambda a: jnp.broadcast_to(a[:, None, :], (*angle.shape, a.shape[-1]))  # noqa: E731
         v, c = wide(batch["v"]), wide(batch["c"])
         a, b = (jnp.broadcast_to(f(angle)[..., None], v.shape) for f in (jnp.sin, jnp.cos))
@@ -111,6 +116,26 @@ class FMPE(NPE):
             got = f"{width}, {depth}, {steps} and {sigma_min}"
             raise ValueError(f"Expected width, depth and steps >= 1 and sigma_min between 0 and 1; got {got}.")
         self.sigma_min = float(sigma_min)
+
+    def fit(
+        self,
+        key: Key,
+        *,
+        patience: int | None = None,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.1,
+        batch_size: int | None = None,
+        **settings: Any,
+    ):
+        """As `Estimator.fit`, for a regression of which the targets are mostly noise.
+
+        Steps are longer, the patience is that of about 1 000 of them, and there is little weight decay: against such
+        gradients the usual one would win.
+        """
+        batch_size = batch_size or default_batch(len(self))
+        patience = patience or max(20, 1000 * batch_size // max(1, len(self)))
+        options = {"patience": patience, "learning_rate": learning_rate, "weight_decay": weight_decay}
+        return super().fit(key, batch_size=batch_size, **options, **settings)
 
     def _train(self, keys, standardiser, data, validation, options):
         key_density, key_linear, key_fit = keys
