@@ -1,4 +1,4 @@
-"""Losses, the one training loop, neural posterior, likelihood and ratio estimation, rounds, posterior objects."""
+"""Losses, the one training loop, posterior, likelihood and ratio estimation, flow matching, rounds, posteriors."""
 
 from diffsbi.inference.fmpe import FMPE
 from diffsbi.inference.losses import posterior_score

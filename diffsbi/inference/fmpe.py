@@ -1,4 +1,4 @@
-r"""Flow-matching posterior estimation: the velocity of a continuous flow by regression, on scores where there are any."""
+r"""Flow-matching posterior estimation: regression of the velocity of a continuous flow, on scores too."""
 
 from typing import Any
 
