@@ -7,6 +7,8 @@ from flowjax.distributions import AbstractDistribution
 
 from diffsbi._types import check_names
 from diffsbi.flows.constructors import coupling, masked_autoregressive, smooth_flow, spline_flow
+from diffsbi.flows.continuous import AngularFlow, continuous_flow
+from diffsbi.flows.mixture import mixture_density
 from diffsbi.flows.ramps import LogisticRamps
 
 FLOWS: dict[str, Callable[..., AbstractDistribution]] = {
@@ -15,6 +17,8 @@ FLOWS: dict[str, Callable[..., AbstractDistribution]] = {
     "masked_autoregressive": masked_autoregressive,
     "coupling": coupling,
     "spline": spline_flow,
+    "mixture": mixture_density,
+    "continuous": continuous_flow,
 }
 NOT_SMOOTH = frozenset({"spline"})
 
@@ -28,10 +32,13 @@ def is_smooth(name: str) -> bool:
 __all__ = [
     "FLOWS",
     "NOT_SMOOTH",
+    "AngularFlow",
     "LogisticRamps",
+    "continuous_flow",
     "coupling",
     "is_smooth",
     "masked_autoregressive",
+    "mixture_density",
     "smooth_flow",
     "spline_flow",
 ]

@@ -31,17 +31,18 @@ class ConditionalAffine(AbstractBijection):
         self.slope = None if condition_dim is None else jnp.zeros((dim, condition_dim))
         self.loc = jnp.zeros(dim)
 
-    def _matrix(self) -> Array:
+    def matrix(self) -> Float[Array, "p p"]:
+        """L."""
         return jnp.tril(self.lower, -1) + jnp.diag(jnp.exp(self.log_diagonal))
 
     def _mean(self, condition) -> Array:
         return self.loc if self.slope is None else self.loc + self.slope @ condition
 
     def transform_and_log_det(self, x, condition=None):
-        return self._matrix() @ x + self._mean(condition), jnp.sum(self.log_diagonal)
+        return self.matrix() @ x + self._mean(condition), jnp.sum(self.log_diagonal)
 
     def inverse_and_log_det(self, y, condition=None):
-        x = solve_triangular(self._matrix(), y - self._mean(condition), lower=True)
+        x = solve_triangular(self.matrix(), y - self._mean(condition), lower=True)
         return x, -jnp.sum(self.log_diagonal)
 
 

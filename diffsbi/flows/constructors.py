@@ -30,7 +30,7 @@ from paramax import Parameterize
 from diffsbi._types import Key, check_key, check_names
 from diffsbi.flows.ramps import LogisticRamps
 
-_FIRST_OUTPUTS = 0.02  # the conditioner's last layer is scaled by this, so that a new flow is near the identity
+FIRST_OUTPUTS = 0.02  # a network's last layer is scaled by this, so that a new density is near a standard normal
 
 
 def smooth_flow(
@@ -128,22 +128,39 @@ def _flow(key, dim, condition_dim, transformer, size, kind, layers, width, depth
     check_names([kind], list(_DEFAULT_LAYERS), "kind of flow")
     check_names([activation], list(_ACTIVATIONS), "activation")
     layers = _DEFAULT_LAYERS[kind] if layers is None else layers
-    sizes = {"dim": dim, "layers": layers, "width": width, "depth": depth}
-    sizes |= {} if condition_dim is None else {"condition_dim": condition_dim}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"Expected {name} >= 1; got {value}.")
+    check_sizes(dim=dim, condition_dim=condition_dim, layers=layers, width=width, depth=depth)
     config = (dim, condition_dim, transformer, size, kind, layers, width, depth, activation)
-    flow = _build(key, *config)
+    return with_shared_static(_build, key, config)
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise a ValueError that names the first size below 1; None is allowed."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"Expected {name} >= 1; got {value}.")
+
+
+def small_network(key: Key, inputs: int, outputs: int, width: int, depth: int) -> eqx.nn.MLP:
+    """A silu network whose outputs are small to begin with."""
+    network = eqx.nn.MLP(inputs, outputs, width, depth, activation=jax.nn.silu, key=key)
+    last = lambda n: (n.layers[-1].weight, n.layers[-1].bias)  # noqa: E731
+    return eqx.tree_at(last, network, replace_fn=lambda w: FIRST_OUTPUTS * w)
+
+
+def with_shared_static(build: Callable[..., AbstractDistribution], key: Key, config: tuple) -> AbstractDistribution:
+    """`build(key, *config)` with what is not an array shared by all densities of the configuration.
+
+    A step that is compiled for one of them then serves all: FlowJAX and Equinox make fresh closures each time.
+    """
+    density = build(key, *config)
     if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside jit: nothing may stay in the cache
-        return flow
-    return eqx.combine(eqx.filter(flow, eqx.is_array), _static(config, str(jnp.result_type(float))))
+        return density
+    return eqx.combine(eqx.filter(density, eqx.is_array), _static(build, config, str(jnp.result_type(float))))
 
 
 @functools.lru_cache(maxsize=64)
-def _static(config, dtype: str):
-    """What is not an array, shared by all flows of one configuration: FlowJAX makes fresh closures each time."""
-    return eqx.partition(_build(jax.random.key(0), *config), eqx.is_array)[1]
+def _static(build, config, dtype: str):
+    return eqx.partition(build(jax.random.key(0), *config), eqx.is_array)[1]
 
 
 def _build(key, dim, condition_dim, transformer, size, kind, layers, width, depth, activation):
@@ -163,7 +180,7 @@ def _build(key, dim, condition_dim, transformer, size, kind, layers, width, dept
         else:
             bijection = Coupling(key_network, untransformed_dim=dim // 2, **shared)
             last = _last_of_coupling
-        return _permuted(eqx.tree_at(last, bijection, replace_fn=lambda w: _FIRST_OUTPUTS * w), kind, key_permutation)
+        return _permuted(eqx.tree_at(last, bijection, replace_fn=lambda w: FIRST_OUTPUTS * w), kind, key_permutation)
 
     with jax.numpy_rank_promotion("allow"):  # FlowJAX builds its masks so
         return Transformed(base, Invert(Scan(eqx.filter_vmap(layer)(jax.random.split(key, layers)))))

@@ -59,20 +59,21 @@ class LogisticRamps(AbstractBijection):
         self.loc = jnp.zeros(())
 
     def _ramps(self) -> tuple[Array, Array, Array]:
-        return log_softmax(self.logits), _bounded(self.log_slopes), self.centres
+        return log_softmax(self.logits), bounded(self.log_slopes), self.centres
 
     def transform_and_log_det(self, x, condition=None):
-        log_scale = _bounded(self.log_scale)
+        log_scale = bounded(self.log_scale)
         y, log_slope = _mixture(self._ramps(), x)
         return self.loc + jnp.exp(log_scale) * y, log_slope + log_scale
 
     def inverse_and_log_det(self, y, condition=None):
-        log_scale = _bounded(self.log_scale)
+        log_scale = bounded(self.log_scale)
         x = _invert_mixture(self._ramps(), (y - self.loc) * jnp.exp(-log_scale))
         return x, -_mixture(self._ramps(), x)[1] - log_scale
 
 
-def _bounded(log_value: Array) -> Array:
+def bounded(log_value: Array) -> Array:
+    """A logarithm held within ±4, smoothly."""
     return _LOG_RANGE * jnp.tanh(log_value / _LOG_RANGE)
 
 
@@ -86,12 +87,12 @@ def _mixture(ramps, x: Array) -> tuple[Array, Array]:
     h = jnp.exp(log_a) * (x - m)
     below = log_sigmoid(h)
     above = below - h
-    log_p = _log_sum_exp(log_w + below)
-    log_q = _log_sum_exp(log_w + above)
-    return log_p - log_q, _log_sum_exp(log_w + log_a + below + above) - log_p - log_q
+    log_p = log_sum_exp(log_w + below)
+    log_q = log_sum_exp(log_w + above)
+    return log_p - log_q, log_sum_exp(log_w + log_a + below + above) - log_p - log_q
 
 
-def _log_sum_exp(terms: Array) -> Array:
+def log_sum_exp(terms: Array) -> Array:
     """log Σ exp of finite terms. `jax.scipy`'s guards against infinities crash XLA's CPU backend (jaxlib 0.10.2)."""
     top = jax.lax.stop_gradient(jnp.max(terms))
     return top + jnp.log(jnp.sum(jnp.exp(terms - top)))

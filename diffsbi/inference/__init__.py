@@ -1,6 +1,7 @@
-"""Losses, the one training loop, neural posterior, likelihood and ratio estimation, rounds, posterior objects."""
+"""Losses, the one training loop, posterior, likelihood and ratio estimation, flow matching, rounds, posteriors."""
 
 from diffsbi.inference.bayesian import NetworkSpread, fit_chains, fit_variational, network_spread
+from diffsbi.inference.fmpe import FMPE
 from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.nle import NLE, LikelihoodPosterior
 from diffsbi.inference.novelty import Novelty, fit_novelty
@@ -16,6 +17,7 @@ from diffsbi.inference.training import History, fit, split_rows
 from diffsbi.inference.weighting import stacking_weights
 
 __all__ = [
+    "FMPE",
     "NLE",
     "NPE",
     "NRE",

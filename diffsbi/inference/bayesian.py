@@ -307,6 +307,9 @@ def _ordinary(estimator, key, rows, prior_scale, options) -> tuple[Start, Weight
     key_start, key_fit = jax.random.split(key)
     options = options | {"learning_rate": 1e-3, "weight_decay": 1.0}
     start = estimator._start(key_start, rows, 0.1, options)
+    if not isinstance(start.loss, AbstractScoreLoss):
+        name = type(estimator).__name__
+        raise ValueError(f"Expected an estimator whose loss is a likelihood or a contrast; got {name}. Use NPE or NLE.")
     model, history = fit(key_fit, start.model, start.train, start.validation, start.loss, **options)
     weights = Weights(start.model, prior_scale)
     return start, weights, weights.of(model), history

@@ -293,7 +293,8 @@ class Estimator(abc.ABC, Generic[Fitted]):
         key_fit = jax.random.split(key, 4)[3]
         start = self._start(key, rows, validation_fraction, options)
         model, history = fit(key_fit, start.model, start.train, start.validation, start.loss, **options)
-        return self._member(start.standardiser, model.density), history, start.held_out
+        density = model.density if start.affine is None else with_linear_part(model.density, start.affine)
+        return self._member(start.standardiser, density), history, start.held_out
 
     def _start(self, key, rows, validation_fraction, options) -> Start:
         """All that a fit needs, the model at its linear start."""
@@ -312,7 +313,12 @@ class Estimator(abc.ABC, Generic[Fitted]):
             out |= {name: jnp.asarray(rows[name][index]) for name in ("weight", "log_prior") if name in rows}
             return out | self._more(standardiser, out["v"], c)
 
-        data, validation = standardised(train), standardised(held_out)
+        keys = (key_density, key_linear)
+        return self._begin(keys, standardiser, standardised(train), standardised(held_out), held_out, options)
+
+    def _begin(self, keys, standardiser: Standardiser, data, validation, held_out, options) -> Start:
+        """The model at its start, from standardised rows; `keys` of the density and of the linear fit."""
+        key_density, key_linear = keys
         density = self._density(key_density, data["v"].shape[1], data["c"].shape[1])
         loss = self._loss(data, self._along(standardiser), self._first(standardiser))
         model = ScoredDensity(density)

@@ -11,6 +11,7 @@ import numpy as np
 from flowjax.distributions import AbstractDistribution
 
 from diffsbi._types import Array, Float, Key
+from diffsbi.flows.affine import ConditionalAffine
 from diffsbi.inference.standardise import Standardiser
 from diffsbi.prior import Prior
 
@@ -175,14 +176,18 @@ class AbstractScoreLoss(eqx.Module):
 
 
 class Start(NamedTuple):
-    """What one fit starts from; rows are standardised, `held_out` are the indices of those for validation."""
+    """What one fit starts from; rows are standardised, `held_out` are the indices of those for validation.
+
+    `affine` is a linear part that is not trained any more, to be put about the density.
+    """
 
     standardiser: Standardiser
     model: ScoredDensity
     train: dict[str, Array]
     validation: dict[str, Array]
-    loss: AbstractScoreLoss
+    loss: Callable[..., Array]
     held_out: np.ndarray
+    affine: ConditionalAffine | None = None
 
 
 class WithoutScore(AbstractScoreLoss):
