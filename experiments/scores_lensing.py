@@ -1,10 +1,11 @@
 """How many simulations do scores save on lensing maps? NPE and NLE, without scores and with scores of less noise.
 
 One simulated LSST-Y10 map; every posterior is compared with the converged full-field chain of that map by C2ST. Maps
-are compressed to a number for each parameter (score compression at the fiducial), which loses some information: no
-posterior given these numbers comes nearer to the full field's than that allows. How near that is, a fit to
-`n_reference` simulations tells. Parameters are drawn from the prior, or from the power-spectrum posterior of the map
-(`gaussian_proposal`). Each seed has simulations of its own; those of a smaller N are the first ones of a larger.
+are compressed to a number for each parameter (score compression at the fiducial), which loses information: no posterior
+given these numbers comes nearer to the full field's than that allows. So every posterior is also compared with what the
+numbers themselves say, as NLE learns it from `n_reference` simulations without scores (there is no exact answer).
+Parameters are drawn from the prior, or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed
+has simulations of its own; those of a smaller N are the first ones of a larger.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from experiments import command_line
 from experiments.curves import print_saved, print_table
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
-STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits")
+STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,34 +93,31 @@ def main(cfg: Config, out: Path) -> None:
     run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
     run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
     pool, many = load_npz(run.path("simulations", "pool.npz")), load_npz(run.path("summaries", "pool.npz"))
+    run.once("given_summaries", lambda folder: _given_summaries(cfg, sim, proposal, many, observed, chain, run, folder))
+    references = {"c2st": chain, "c2st_summaries": load_npz(run.path("given_summaries", "samples.npz"))["theta"]}
     rows = []
-
-    def fitted(name, kind, n, seed, arrays):
+    for seed, n, kind, name in itertools.product(range(cfg.seeds), cfg.n, [None, *cfg.scores], cfg.estimators):
+        if kind is not None and n > cfg.n_scored:
+            continue
         path = out / "fits" / f"{name}_{_name(kind)}_{n}_{seed}.json"
         if not path.exists():
             print(path.stem, flush=True)
-            key = jax.random.fold_in(jax.random.key(cfg.seed), 1000 * seed + n)
-            write_json(path, _fit(cfg, sim, name, proposal, arrays, observed, chain, key, seed))
+            key, arrays = jax.random.fold_in(run.key("fits"), 1000 * seed + n), _rows(cfg, pool, many, seed, n, kind)
+            theta = _fit(cfg, sim, ESTIMATORS[name], proposal, arrays, observed, key)
+            write_json(path, _distances(theta, references, sim.names, seed))
         rows.append(read_json(path) | dict(estimator=name, score=_name(kind), n=n, seed=seed))
-
-    for seed, n, kind, name in itertools.product(range(cfg.seeds), cfg.n, [None, *cfg.scores], cfg.estimators):
-        if kind is None or n <= cfg.n_scored:
-            fitted(name, kind, n, seed, _rows(cfg, pool, many, seed, n, kind))
-    for name in cfg.estimators:
-        fitted(name, "all", cfg.n_reference, 0, (many["theta"], many["t"], None))
-    write_json(out / "distances.json", dict(rows=rows))
-    curves = [row for row in rows if row["score"] != "all"]
-    print(f"\nC2ST against the full field, mean and standard error over {cfg.seeds} seeds")
-    print_table(curves, ("estimator", "score"))
-    for name, kind in itertools.product(cfg.estimators, cfg.scores):
-        print_saved(curves, {"estimator": name}, _name(kind))
-    for row in rows:
-        if row["score"] == "all":
-            print(f"{row['estimator']} {row['n']} simulations, no scores: {row['c2st']:.3f} (what the summaries hold)")
+    limit = run.account("given_summaries")
+    write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"]))
+    for value, title in (("c2st", "the full field"), ("c2st_summaries", "what the summaries hold")):
+        print(f"\nC2ST against {title}, mean and standard error over {cfg.seeds} seeds")
+        print_table(rows, ("estimator", "score"), value)
+        for name, kind in itertools.product(cfg.estimators, cfg.scores):
+            print_saved(rows, {"estimator": name}, _name(kind), value)
+    print(f"What the summaries hold against the full field: {limit}")
 
 
-def _name(kind: tuple[str, int] | str | None) -> str:
-    return "none" if kind is None else kind if isinstance(kind, str) else f"{kind[0]}_{kind[1]}"
+def _name(kind: tuple[str, int] | None) -> str:
+    return "none" if kind is None else f"{kind[0]}_{kind[1]}"
 
 
 def _reference(cfg: Config, sim, x, run, folder: Path) -> dict:
@@ -195,16 +193,28 @@ def _rows(cfg: Config, pool, many, seed: int, n: int, kind):
     return theta, t, None if kind is None else pool[_name(kind)][first]
 
 
-def _fit(cfg: Config, sim, name, proposal, arrays, observed, chain, key, seed) -> dict:
+def _fit(cfg: Config, sim, estimator, proposal, arrays, observed, key, n_samples: int | None = None) -> np.ndarray:
     key_fit, key_sample = jax.random.split(key)
-    posterior = ESTIMATORS[name](sim.prior).append(*arrays, proposal=proposal).fit(key_fit, members=cfg.members)
-    theta = np.asarray(posterior.sample(key_sample, cfg.n_samples, observed))
-    distance = c2st(theta, chain, seed=seed, duplicates="drop")
-    moments = compare_moments(theta, chain, sim.names)
-    return dict(
-        c2st=distance.value, error=distance.error,
-        shift=np.asarray(moments.shift).tolist(), width_ratio=np.asarray(moments.width_ratio).tolist(),
-    )  # fmt: skip
+    posterior = estimator(sim.prior).append(*arrays, proposal=proposal).fit(key_fit, members=cfg.members)
+    return np.asarray(posterior.sample(key_sample, n_samples or cfg.n_samples, observed))
+
+
+def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, folder: Path) -> dict:
+    """What the summaries say, from all simulations without scores, and how far NPE is from it."""
+    arrays, n = (many["theta"], many["t"], None), 2 * cfg.n_samples
+    theta, other = (
+        _fit(cfg, sim, e, proposal, arrays, observed, run.key("given_summaries"), n) for e in (ds.NLE, ds.NPE)
+    )
+    np.savez(folder / "samples.npz", theta=theta)
+    account = _distances(theta, {"c2st": chain, "c2st_npe": other}, sim.names, 0)
+    return account | {"simulations": cfg.n_reference}
+
+
+def _distances(theta, references: dict[str, np.ndarray], names, seed: int) -> dict:
+    moments = compare_moments(theta, references["c2st"], names)
+    distances = {name: c2st(theta, to, seed=seed, duplicates="drop").value for name, to in references.items()}
+    shift, width = (np.asarray(a).tolist() for a in (moments.shift, moments.width_ratio))
+    return distances | dict(shift=shift, width_ratio=width)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
 from diffsbi.runs import open_run
 
-__all__ = ["command_line"]
+__all__ = ["command_line", "mean_points"]
 
 
 def posterior_contours(folder: Path, titles: Mapping[str, str]) -> plotting.Figure:
@@ -36,3 +38,13 @@ def command_line(draw: Callable[[Path], Figures], name: str) -> None:
     for title, figure in (figures if isinstance(figures, dict) else {name: figures}).items():
         for suffix in ("png", "pdf"):
             print(plotting.save(figure, (arguments.out or arguments.runs / "figures") / f"{title}.{suffix}"))
+
+
+def mean_points(rows: list[dict], titles: dict[str, str], value: str = "c2st") -> list[tuple[str, float, float, float]]:
+    """(title, n, mean, its standard error over seeds) of every score among `titles` and every n."""
+    points = []
+    for score, n in dict.fromkeys((row["score"], row["n"]) for row in rows if row["score"] in titles):
+        values = [row[value] for row in rows if (row["score"], row["n"]) == (score, n)]
+        error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+        points.append((titles[score], n, float(np.mean(values)), float(error)))
+    return points

@@ -2,29 +2,23 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from diffsbi import plotting
 from diffsbi._files import read_json
-from paper_figures import command_line
+from paper_figures import command_line, mean_points
 
-TITLES = {"none": "no score", "white_1": "white", "whitened_1": "whitened"}
+TITLES = {"none": "no score", "white_1": "white", "whitened_1": "whitened", "whitened_4": "whitened, mean of 4"}
 
 
 def draw(runs: Path) -> dict[str, plotting.Figure]:
-    rows = read_json(runs / "scores_lensing" / "distances.json")["rows"]
+    found = read_json(runs / "scores_lensing" / "distances.json")
     figures = {}
-    for estimator in dict.fromkeys(row["estimator"] for row in rows):
-        chosen = [row for row in rows if row["estimator"] == estimator]
-        points = []
-        for score, n in dict.fromkeys((row["score"], row["n"]) for row in chosen):
-            values = [row["c2st"] for row in chosen if (row["score"], row["n"]) == (score, n)]
-            error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-            title = TITLES.get(score) or "whitened, mean of " + score.split("_")[1]
-            points.append((title, n, float(np.mean(values)), float(error)))
-        figures[f"scores_lensing_{estimator.lower()}"] = plotting.curves(
-            points, f"simulations ({estimator})", "C2ST against the full field", {}, log_y=False
-        )
+    for estimator in dict.fromkeys(row["estimator"] for row in found["rows"]):
+        chosen = [row for row in found["rows"] if row["estimator"] == estimator]
+        x, limit = f"simulations ({estimator})", {"what the summaries hold": found["limit"]}
+        full, own = (mean_points(chosen, TITLES, value) for value in ("c2st", "c2st_summaries"))
+        name = f"scores_lensing_{estimator.lower()}"
+        figures[name] = plotting.curves(full, x, "C2ST against the full field", limit, log_y=False)
+        figures[f"{name}_summaries"] = plotting.curves(own, x, "C2ST against the summaries' posterior", {}, log_y=False)
     return figures
 
 

@@ -49,7 +49,9 @@ def test_the_box_shrinks_and_holds_the_posterior(linear, done):
     assert np.all(sides[1] <= sides[0] * (1 + 1e-6))
     low, high = out.bounds[-1]
     assert np.all(low < mean - 3 * width) and np.all(high > mean + 3 * width)
-    assert np.all(high - low < 12 * width)  # 1e-4 of the maximum is 4.3 widths
+    # 1e-4 of the maximum is 4.3 widths of the likelihood, where that is not beyond the prior's last quantile.
+    cut = np.abs(out.bounds[-1] - np.asarray(mean)) / width
+    assert np.any(cut < 6) and np.all((cut < 6) | (np.abs(out.bounds[-1]) > 3))
     assert out.prior.in_support(out[linear.names].sample(jax.random.key(1), 500)).all()
 
 

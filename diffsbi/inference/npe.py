@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from diffsbi._types import check_names
 from diffsbi.inference.estimator import Density, Estimator
@@ -96,4 +97,5 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         proposals = self._proposals()
         if proposals is None or self.correction != "reweight":
             return Posterior(self.prior, members, histories, config_json)
+        proposals = proposals.with_floor(np.concatenate([row[0] for row in self._rows]))
         return ReweightedPosterior(self.prior, members, histories, config_json, proposals=proposals)

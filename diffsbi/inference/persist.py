@@ -150,7 +150,7 @@ def load_posterior(
     parts = (prior, members, histories, json.dumps(config), default_x)
     if kinds is not None:
         components = tuple(None if a is None else GaussianProposal(prior, *a) for a in arrays)
-        proposals = Proposals(prior, components, tuple(f["fraction"] for f in kinds))
+        proposals = Proposals(prior, components, tuple(f["fraction"] for f in kinds), kinds[0]["floor"])
         return ReweightedPosterior(*parts, proposals=proposals)
     return (LikelihoodPosterior if _models_data(config) else Posterior)(*parts)
 
@@ -164,7 +164,8 @@ def _describe_proposals(posterior: FittedPosterior) -> tuple[list[dict[str, Any]
         if not (component is None or isinstance(component, GaussianProposal)):
             name = type(component).__name__
             raise ValueError(f"Expected proposals made by gaussian_proposal, or the prior, to save; got a {name}.")
-        kinds.append({"gaussian": component is not None, "fraction": fraction})
+        floor = posterior.proposals.floor
+        kinds.append({"gaussian": component is not None, "fraction": fraction, "floor": floor})
         arrays.append(None if component is None else (component.loc, component.root))
     return kinds, tuple(arrays)
 

@@ -69,11 +69,28 @@ class Proposals(eqx.Module):
         prior: Stands where a component is None.
         components: Each with `log_prob(theta)`, normalised, in JAX.
         fractions: $f_k$, of sum 1.
+        floor: $\log \tilde p(u)$ below which there were no simulations (`with_floor`).
     """
 
     prior: Prior
     components: tuple
     fractions: tuple[float, ...] = eqx.field(static=True)
+    floor: float = eqx.field(static=True, default=-np.inf)
+
+    def with_floor(self, theta: Float[Array, "n p"]) -> "Proposals":
+        """The same, with the smallest log-density among the drawn `theta` as the floor."""
+        u = self.prior.to_unconstrained(jnp.asarray(theta))
+        lowest = float(jnp.min(self.log_prob_unconstrained(u)))
+        return Proposals(self.prior, self.components, self.fractions, lowest)
+
+    def log_prob_unconstrained(self, u: Float[Array, "*n p"]) -> Float[Array, "*n"]:
+        r"""$\log \tilde p(u)$ of unconstrained parameters, shape `(*n,)`."""
+        return self.log_ratio(self.prior.from_unconstrained(u)) + self.prior.log_prob_unconstrained(u)
+
+    def log_weight(self, theta: Float[Array, "*n p"]) -> Float[Array, "*n"]:
+        r"""$\log p(\theta) - \log\tilde p(\theta)$, −inf where there were no simulations, shape `(*n,)`."""
+        ratio, u = self.log_ratio(theta), self.prior.to_unconstrained(theta)
+        return jnp.where(ratio + self.prior.log_prob_unconstrained(u) >= self.floor, -ratio, -jnp.inf)
 
     def log_ratio(self, theta: Float[Array, "*n p"]) -> Float[Array, "*n"]:
         r"""$\log \tilde p(\theta) - \log p(\theta)$, shape `(*n,)`."""
@@ -83,11 +100,7 @@ class Proposals(eqx.Module):
 
     def score(self, theta: Float[Array, "n p"]) -> Float[Array, "n p"]:
         r"""$\nabla_u \log \tilde p(u)$ in unconstrained space."""
-
-        def log_prob(u):
-            return self.log_ratio(self.prior.from_unconstrained(u)) + self.prior.log_prob_unconstrained(u)
-
-        return jax.vmap(jax.grad(log_prob))(self.prior.to_unconstrained(jnp.asarray(theta)))
+        return jax.vmap(jax.grad(self.log_prob_unconstrained))(self.prior.to_unconstrained(jnp.asarray(theta)))
 
     def _parts(self):
         return zip(self.components, self.fractions, strict=True)

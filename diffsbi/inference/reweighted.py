@@ -19,6 +19,8 @@ _EFFECTIVE = 4  # effective candidates for each draw that is returned
 class ReweightedPosterior(FittedPosterior):
     r"""$q(\theta|x)\,p(\theta)/\tilde p(\theta)$ up to a constant, with q fitted to parameters drawn from $\tilde p$.
 
+    It is zero where $\tilde p$ is smaller than at any simulation: q is not known there, and $p/\tilde p$ is large.
+
     Attributes:
         proposals: $\tilde p$.
     """
@@ -51,7 +53,7 @@ class ReweightedPosterior(FittedPosterior):
         theta = jnp.asarray(theta, jnp.result_type(float))
         value = log_prob_of(self._core(), theta, self._data(x))
         inside, safe = within_support(self.prior, theta)
-        return jnp.where(inside, value - self.proposals.log_ratio(safe), -jnp.inf)
+        return jnp.where(inside, value + self.proposals.log_weight(safe), -jnp.inf)
 
     def propose(self, key, n, x=None):
         """As `Posterior.propose`."""
@@ -90,4 +92,4 @@ class ReweightedPosterior(FittedPosterior):
 @eqx.filter_jit
 def _candidates(core, proposals, key, x):
     theta = sample_of(core, key, _BLOCK, x)
-    return theta, -proposals.log_ratio(theta)
+    return theta, proposals.log_weight(theta)
