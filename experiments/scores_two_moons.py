@@ -42,7 +42,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": Config((20,), 2, 1, 20, 300, (0.1,), (20,), 1),
+    "smoke": Config((20,), 1, 1, 20, 300, (0.1,), (20,), 1),
     "paper": Config(),
 }
 

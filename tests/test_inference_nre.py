@@ -90,7 +90,7 @@ def test_sixty_scored_simulations_give_the_exact_posterior(linear, scored):
     width = np.sqrt(np.diag(covariance))
     assert max(row.rhat for row in chains.summary().values()) < 1.02
     np.testing.assert_allclose((chains.flat().mean(0) - mean) / width, 0.0, atol=0.2)
-    np.testing.assert_allclose(chains.flat().std(0) / width, 1.0, atol=0.1)
+    np.testing.assert_allclose(chains.flat().std(0) / width, 1.0, atol=0.15)
 
 
 def test_the_log_ratio_is_near_the_exact_one(linear, scored):

@@ -10,7 +10,8 @@ from diffsbi.inference.posterior import FittedPosterior, Member, mixture_log_pro
 from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, nuts
 
-_CANDIDATES = 2000  # prior draws among which the chains' starts are chosen
+_CANDIDATES = 2000  # points among which the chains' starts are chosen
+_NARROWINGS = 4
 
 
 class LikelihoodPosterior(FittedPosterior):
@@ -42,20 +43,14 @@ class LikelihoodPosterior(FittedPosterior):
     ) -> Chains:
         """NUTS chains on theta for one observation, with their diagnostics.
 
-        They start at prior draws that are chosen by their likelihood; `settings` are those of `diffsbi.nuts`.
+        They start in the bulk (`_starts`); `settings` are those of `diffsbi.nuts`.
         """
         data = self._data(x)
         if data.ndim != 1:
             raise ValueError(f"Expected one observation, x with shape ({self.x_dim},); got {data.shape}.")
-        key_prior, key_choose, key_spread, key_chain = jax.random.split(check_key(key), 4)
-        u = self.prior.to_unconstrained(self.prior.sample(key_prior, (_CANDIDATES,)))
-        members, weights = self._mixture()
-        likely = mixture_log_prob(members, data, u, weights)
-        start = jax.random.categorical(key_choose, jnp.where(jnp.isfinite(likely), likely, -jnp.inf), shape=(n_chains,))
-        # Chains that start at one candidate are told apart by their momenta only: spread them a little.
-        spread = 0.1 * jnp.broadcast_to(jnp.std(u, 0), (n_chains, self.prior.dim))
-        init = u[start] + spread * jax.random.normal(key_spread, (n_chains, self.prior.dim))
-        target = _Target(self.prior, members, data, weights)
+        key_start, key_chain = jax.random.split(check_key(key))
+        target = _Target(self.prior, *self._mixture(), data)
+        init = _starts(target, key_start, n_chains)
         settings = dict(n_warmup=400, chain_method="vectorized", mass="dense") | settings
         n_warmup = settings.pop("n_warmup")
         return nuts(
@@ -91,11 +86,34 @@ class LikelihoodPosterior(FittedPosterior):
 class _Target(eqx.Module):
     prior: Prior
     members: tuple[Member, ...]
+    weights: Array | None
     x: Array
-    weights: Array | None = None
 
     def __call__(self, u):
         return self.prior.log_prob_unconstrained(u) + mixture_log_prob(self.members, self.x, u, self.weights)
+
+
+@eqx.filter_jit
+def _values(target: _Target, u: Float[Array, "n p"]) -> Float[Array, " n"]:
+    return jax.vmap(target)(u)
+
+
+def _starts(target: "_Target", key: Key, n_chains: int) -> Float[Array, "chains p"]:
+    """Unconstrained starts in the bulk of the posterior, by importance resampling of ever narrower candidates."""
+    key_prior, key = jax.random.split(key)
+    u = target.prior.to_unconstrained(target.prior.sample(key_prior, (_CANDIDATES,)))
+    log_weight = _values(target, u) - jax.vmap(target.prior.log_prob_unconstrained)(u)
+    for key_round in jax.random.split(key, _NARROWINGS):
+        key_choose, key_move = jax.random.split(key_round)
+        usable = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
+        chosen = u[jax.random.categorical(key_choose, usable, shape=(_CANDIDATES,))]
+        # Candidates that are copies of few are told apart by a tenth of the last round's spread at least.
+        width = jnp.maximum(jnp.std(chosen, 0), 0.1 * jnp.std(u, 0))
+        u = chosen + jnp.broadcast_to(width, chosen.shape) * jax.random.normal(key_move, chosen.shape)
+        log_weight = _values(target, u)
+    # Distinct ones, in proportion to the density (Gumbel's trick).
+    order = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf) + jax.random.gumbel(key, log_weight.shape)
+    return u[jnp.argsort(-order)[:n_chains]]
 
 
 class NLE(Estimator[LikelihoodPosterior]):
