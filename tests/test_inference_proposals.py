@@ -142,6 +142,19 @@ def test_reweighted_draws_are_distinct_and_many_data_have_their_own(linear, obse
     assert np.isneginf(value[0]) and np.isfinite(value[1])
 
 
+def test_a_reweighted_posterior_ends_where_the_simulations_do(linear, observed):
+    """Beyond them the fit is a guess, and the weight p/p~ grows without bound: one such draw would decide."""
+    posterior = estimator(linear, observed, "reweight", n=60).fit(jax.random.key(0), members=1, max_epochs=2)
+    proposal = shifted(linear, observed)
+    theta = proposal.sample(jax.random.key(1), (60,))
+    np.testing.assert_allclose(posterior.proposals.floor, proposal.log_prob(theta).min(), rtol=1e-5)
+    draws = posterior.sample(jax.random.key(2), 2000, observed)
+    assert proposal.log_prob(draws).min() >= posterior.proposals.floor - 1e-4
+    far = proposal.loc + proposal.root @ jnp.asarray([20.0, 0.0])
+    assert np.isneginf(posterior.log_prob(far, observed))
+    assert np.isfinite(posterior.log_prob(proposal.loc, observed))
+
+
 def test_a_proposal_that_misses_the_posterior_is_warned_about(linear, observed):
     mean, covariance = linear.posterior(observed)
     far = GaussianProposal(
