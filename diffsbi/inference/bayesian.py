@@ -131,7 +131,7 @@ def fit_variational(
     It starts at an ordinary fit and uses all rows: the divergence from the prior, not rows kept aside, keeps it from
     overfitting. It knows no correlations between weights: where many of them act together their spreads add up, and
     what they predict is up to about twice as uncertain as with `fit_chains`; less so for a smaller `prior_scale`.
-    The bound compares settings: a larger `config["network"]["elbo"]` is a better `prior_scale`.
+    The bound compares settings, roughly: a larger `config["network"]["elbo"]` is a better `prior_scale`.
 
     Args:
         estimator: `NPE`, `NLE` or `NRE` with its simulations.
