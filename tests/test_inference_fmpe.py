@@ -112,6 +112,7 @@ def test_scores_bring_the_posterior_nearer_to_the_exact_one():
     assert np.median(gain) > 0.03 and np.sum(np.array(gain) > 0) >= 4
 
 
+@pytest.mark.slow
 def test_a_score_of_pure_noise_does_not_hurt():
     noise = 1e3 * jax.random.normal(jax.random.key(9), (240, 1))
     with_noise = [divergence(fitted(seed, "auto", 240, noise)) for seed in range(2)]
@@ -163,6 +164,7 @@ def test_saved_and_loaded(fits, tmp_path):
     assert ds.FMPE is FMPE
 
 
+@pytest.mark.slow
 def test_rows_of_a_proposal_are_reweighted_to_the_prior():
     proposal = gaussian_proposal(prior(), 0.5 + jax.random.normal(jax.random.key(0), (200, 1)), widen=1.0)
     theta = proposal.sample(jax.random.key(1), (400,))

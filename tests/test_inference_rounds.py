@@ -22,7 +22,7 @@ def observed(linear):
     return linear.draw(jax.random.key(9), 1, with_score=False).x[0]
 
 
-@pytest.mark.parametrize("estimator", [ds.NPE, ds.NLE])
+@pytest.mark.parametrize("estimator", [ds.NPE, pytest.param(ds.NLE, marks=pytest.mark.slow)])
 def test_rounds_end_at_the_exact_posterior(linear, observed, estimator):
     result = ds.rounds(
         linear, observed, estimator(linear, density_options=SMALL), jax.random.key(1),
