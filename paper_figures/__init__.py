@@ -43,7 +43,10 @@ def command_line(draw: Callable[[Path], Figures], name: str) -> None:
 def mean_points(rows: list[dict], titles: dict[str, str], value: str = "c2st") -> list[tuple[str, float, float, float]]:
     """(title, n, mean, its standard error over seeds) of every score among `titles` and every n."""
     points = []
-    for score, n in dict.fromkeys((row["score"], row["n"]) for row in rows if row["score"] in titles):
+    found = {(row["score"], row["n"]) for row in rows}
+    for score, n in sorted(
+        (pair for pair in found if pair[0] in titles), key=lambda p: (list(titles).index(p[0]), p[1])
+    ):
         values = [row[value] for row in rows if (row["score"], row["n"]) == (score, n)]
         error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
         points.append((titles[score], n, float(np.mean(values)), float(error)))
