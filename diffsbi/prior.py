@@ -110,7 +110,8 @@ class Prior(eqx.Module):
         """The prior of some of the parameters."""
         check_names(list(names), list(self.names))
         index = [self.names.index(name) for name in names]
-        return Prior({n: self.distributions[i] for n, i in zip(names, index, strict=True)}, self._reference(index))
+        fiducial = {self.names[i]: self._fiducial[i] for i in index}
+        return Prior({n: self.distributions[i] for n, i in zip(names, index, strict=True)}, fiducial)
 
     def truncated(self, low: Float[Array, " p"], high: Float[Array, " p"]) -> "Prior":
         """The prior within a box of finite sides, renormalised; the fiducial is moved inside.
@@ -128,9 +129,6 @@ class Prior(eqx.Module):
         eighth = (box[1] - box[0]) / 8
         fiducial = np.clip(self._fiducial, box[0] + eighth, box[1] - eighth)
         return Prior(inside, dict(zip(self.names, fiducial.tolist(), strict=True)))
-
-    def _reference(self, index) -> dict[str, float]:
-        return {self.names[i]: self._fiducial[i] for i in index}
 
     @property
     def _bijections(self):

@@ -9,6 +9,8 @@ import matplotlib
 import numpy as np
 import pytest
 
+import diffsbi as ds
+
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -34,6 +36,18 @@ def x64():
     """Run the test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def linear():
+    """A linear simulator of two parameters, of which the exact posterior is known."""
+    return ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
+
+
+@pytest.fixture(scope="session")
+def observed(linear):
+    """One draw of it."""
+    return linear.draw(jax.random.key(9), 1, with_score=False).x[0]
 
 
 @pytest.fixture(scope="session")

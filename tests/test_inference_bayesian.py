@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffsbi.inference import NLE, NPE, NRE, Posterior, fit_chains, fit_variational, load_posterior, network_spread
+from diffsbi.inference import (
+    FMPE,
+    NLE,
+    NPE,
+    NRE,
+    Posterior,
+    fit_chains,
+    fit_variational,
+    load_posterior,
+    network_spread,
+)
 from diffsbi.inference.bayesian import NegativeElbo, Weights, _judged
 from diffsbi.inference.losses import ScoredDensity, WithoutScore
 from diffsbi.inference.training import fit
@@ -196,7 +206,10 @@ def test_bad_settings_are_named(sampled):
         ValueError, match=r"at most 20000 weights to sample; the density has \d{5,}. Use fit_variational"
     ):
         fit_chains(large, key)
+    flow_matching = FMPE(SIM).append(SIM.prior.sample(key, (20,)), jnp.ones((20, 3)))
     for fitting in (fit_chains, fit_variational):
+        with pytest.raises(ValueError, match="a likelihood or a contrast; got FMPE"):
+            fitting(flow_matching, key)
         with pytest.raises(ValueError, match="at least 10 simulations to fit; got 9"):
             fitting(estimator(9), key)
         with pytest.raises(ValueError, match="members >= 2 and prior_scale > 0; got 1 and 0.1"):

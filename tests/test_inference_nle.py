@@ -14,11 +14,6 @@ SMALL = {"width": 16, "depth": 1, "layers": 2, "ramps": 4}
 
 
 @pytest.fixture(scope="module")
-def linear():
-    return ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
-
-
-@pytest.fixture(scope="module")
 def scored(linear):
     draws = linear.draw(jax.random.key(1), 60, latents="whitened")
     return (

@@ -73,11 +73,6 @@ def test_the_contrast_is_least_at_the_exact_ratio(x64, classes, gamma):
 
 
 @pytest.fixture(scope="module")
-def linear():
-    return ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
-
-
-@pytest.fixture(scope="module")
 def scored(linear):
     draws = linear.draw(jax.random.key(1), 60, latents="whitened")
     return ds.NRE(linear, width=16, depth=1).append(draws.theta, draws.x, draws.score).fit(jax.random.key(2), members=2)

@@ -15,16 +15,6 @@ from diffsbi.inference.proposals import GaussianProposal, Proposals
 SMALL = {"width": 16, "depth": 1, "layers": 1, "ramps": 4}
 
 
-@pytest.fixture(scope="module")
-def linear():
-    return ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
-
-
-@pytest.fixture(scope="module")
-def observed(linear):
-    return linear.draw(jax.random.key(9), 1, with_score=False).x[0]
-
-
 def shifted(linear, observed):
     """A proposal a width away from the posterior and 1.6 times as wide."""
     mean, covariance = linear.posterior(observed)

@@ -12,16 +12,6 @@ SMALL = {"width": 16, "depth": 1, "layers": 1, "ramps": 4}
 FIT = {"members": 1}
 
 
-@pytest.fixture(scope="module")
-def linear():
-    return ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
-
-
-@pytest.fixture(scope="module")
-def observed(linear):
-    return linear.draw(jax.random.key(9), 1, with_score=False).x[0]
-
-
 @pytest.mark.parametrize("estimator", [ds.NPE, pytest.param(ds.NLE, marks=pytest.mark.slow)])
 def test_rounds_end_at_the_exact_posterior(linear, observed, estimator):
     result = ds.rounds(

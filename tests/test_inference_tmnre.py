@@ -13,11 +13,6 @@ NETWORK = {"width": 16, "depth": 1}
 
 
 @pytest.fixture(scope="module")
-def linear():
-    return ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
-
-
-@pytest.fixture(scope="module")
 def done(linear):
     x = linear.draw(jax.random.key(9), 1, with_score=False).x[0]
     out = ds.truncated_marginals(

@@ -7,6 +7,7 @@ step that is compiled once serves all of them.
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -140,7 +141,7 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"Expected {name} >= 1; got {value}.")
 
 
-def small_network(key: Key, inputs: int, outputs: int, width: int, depth: int) -> eqx.nn.MLP:
+def small_network(key: Key, inputs: int, outputs: int | Literal["scalar"], width: int, depth: int) -> eqx.nn.MLP:
     """A silu network whose outputs are small to begin with."""
     network = eqx.nn.MLP(inputs, outputs, width, depth, activation=jax.nn.silu, key=key)
     last = lambda n: (n.layers[-1].weight, n.layers[-1].bias)  # noqa: E731

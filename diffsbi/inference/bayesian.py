@@ -27,6 +27,7 @@ from jax.flatten_util import ravel_pytree
 from diffsbi._types import Array, Float, Key, check_key
 from diffsbi.flows.affine import ConditionalAffine
 from diffsbi.inference.estimator import SMALLEST_N, Estimator
+from diffsbi.inference.fmpe import FMPE
 from diffsbi.inference.losses import AbstractScoreLoss, ScoredDensity, Start
 from diffsbi.inference.nre import RatioMember
 from diffsbi.inference.posterior import FittedPosterior, Member
@@ -284,6 +285,8 @@ def _alone(posterior: FittedPosterior, k: int) -> FittedPosterior:
 
 def _checked(estimator: Estimator, key: Key, members: int, prior_scale: float) -> dict[str, np.ndarray]:
     check_key(key)
+    if isinstance(estimator, FMPE):
+        raise ValueError("Expected an estimator whose loss is a likelihood or a contrast; got FMPE. Use NPE or NLE.")
     if len(estimator) < SMALLEST_N:
         raise ValueError(f"Expected at least {SMALLEST_N} simulations to fit; got {len(estimator)}.")
     if members < 2 or not (np.isfinite(prior_scale) and prior_scale > 0):
@@ -307,9 +310,6 @@ def _ordinary(estimator, key, rows, prior_scale, options) -> tuple[Start, Weight
     key_start, key_fit = jax.random.split(key)
     options = options | {"learning_rate": 1e-3, "weight_decay": 1.0}
     start = estimator._start(key_start, rows, 0.1, options)
-    if not isinstance(start.loss, AbstractScoreLoss):
-        name = type(estimator).__name__
-        raise ValueError(f"Expected an estimator whose loss is a likelihood or a contrast; got {name}. Use NPE or NLE.")
     model, history = fit(key_fit, start.model, start.train, start.validation, start.loss, **options)
     weights = Weights(start.model, prior_scale)
     return start, weights, weights.of(model), history

@@ -49,7 +49,7 @@ class LikelihoodPosterior(FittedPosterior):
         if data.ndim != 1:
             raise ValueError(f"Expected one observation, x with shape ({self.x_dim},); got {data.shape}.")
         key_start, key_chain = jax.random.split(check_key(key))
-        target = _Target(self.prior, *self._mixture(), data)
+        target = _Target(*self._core(), data)
         init = _starts(target, key_start, n_chains)
         settings = dict(n_warmup=400, chain_method="vectorized", mass="dense") | settings
         n_warmup = settings.pop("n_warmup")
@@ -95,7 +95,9 @@ class _Target(eqx.Module):
 
 @eqx.filter_jit
 def _values(target: _Target, u: Float[Array, "n p"]) -> Float[Array, " n"]:
-    return jax.vmap(target)(u)
+    """The target, −inf where it is not finite."""
+    value = jax.vmap(target)(u)
+    return jnp.where(jnp.isfinite(value), value, -jnp.inf)
 
 
 def _starts(target: "_Target", key: Key, n_chains: int) -> Float[Array, "chains p"]:
@@ -105,14 +107,13 @@ def _starts(target: "_Target", key: Key, n_chains: int) -> Float[Array, "chains 
     log_weight = _values(target, u) - jax.vmap(target.prior.log_prob_unconstrained)(u)
     for key_round in jax.random.split(key, _NARROWINGS):
         key_choose, key_move = jax.random.split(key_round)
-        usable = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf)
-        chosen = u[jax.random.categorical(key_choose, usable, shape=(_CANDIDATES,))]
+        chosen = u[jax.random.categorical(key_choose, log_weight, shape=(_CANDIDATES,))]
         # Candidates that are copies of few are told apart by a tenth of the last round's spread at least.
         width = jnp.maximum(jnp.std(chosen, 0), 0.1 * jnp.std(u, 0))
         u = chosen + jnp.broadcast_to(width, chosen.shape) * jax.random.normal(key_move, chosen.shape)
         log_weight = _values(target, u)
     # Distinct ones, in proportion to the density (Gumbel's trick).
-    order = jnp.where(jnp.isfinite(log_weight), log_weight, -jnp.inf) + jax.random.gumbel(key, log_weight.shape)
+    order = log_weight + jax.random.gumbel(key, log_weight.shape)
     return u[jnp.argsort(-order)[:n_chains]]
 
 

@@ -12,7 +12,7 @@ from diffsbi._types import Array, Float, Key, check_finite, check_key, check_tra
 from diffsbi.inference.estimator import Density, build_density
 from diffsbi.inference.losses import ScoredDensity, WithoutScore
 from diffsbi.inference.standardise import whitening
-from diffsbi.inference.training import History, fit, split_rows
+from diffsbi.inference.training import History, fit, schedule, split_rows
 
 _SMALLEST_N = 50
 
@@ -98,9 +98,8 @@ def fit_novelty(
     y = np.arcsinh((x[train] - centre) / scale)
     mean, whiten = whitening(y)
     v = jnp.asarray((y - mean) @ whiten.T, jnp.result_type(float))
-    batch_size = batch_size or int(np.clip(len(v) // 10, 32, 256))
-    options: dict[str, Any] = dict(batch_size=batch_size, patience=patience, learning_rate=learning_rate)
-    options |= dict(max_epochs=max_epochs or max(50, 5000 * batch_size // len(v)), weight_decay=weight_decay)
+    options = schedule(len(v), max_epochs, batch_size, patience)
+    options |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
     fits = [_fit_one(k, v, density, density_options or {}, options) for k in keys]
     to_units = [jnp.asarray(a, jnp.result_type(float)) for a in (centre, scale, mean, whiten)]
     return Novelty(*to_units, members=tuple(d for d, _ in fits), histories=tuple(h for _, h in fits)), x[kept]

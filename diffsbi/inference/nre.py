@@ -1,11 +1,11 @@
 r"""Neural ratio estimation: $\log p(x | \theta) / p(x)$ from telling true pairs from shuffled ones, and from scores."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from diffsbi._types import Array, Float, Key
+from diffsbi.flows.constructors import small_network
 from diffsbi.inference.estimator import first_model
 from diffsbi.inference.losses import Contrast
 from diffsbi.inference.nle import NLE
@@ -91,6 +91,4 @@ class NRE(NLE):
 
 def ratio_network(key: Key, dim: int, condition_dim: int, width: int = 64, depth: int = 2) -> RatioNetwork:
     """A new `RatioNetwork`."""
-    network = eqx.nn.MLP(dim + condition_dim, "scalar", width, depth, activation=jax.nn.silu, key=key)
-    last = lambda n: (n.layers[-1].weight, n.layers[-1].bias)  # noqa: E731
-    return RatioNetwork(eqx.tree_at(last, network, replace_fn=lambda w: 0.02 * w))
+    return RatioNetwork(small_network(key, dim + condition_dim, "scalar", width, depth))

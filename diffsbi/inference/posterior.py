@@ -84,6 +84,10 @@ class FittedPosterior(eqx.Module):
         kept = np.flatnonzero(self.weights > 0)
         return tuple(self.members[k] for k in kept), jnp.asarray(self.weights[kept], jnp.result_type(float))
 
+    def _core(self) -> tuple[Prior, tuple[Member, ...], Array | None]:
+        """What draws and densities are computed from."""
+        return self.prior, *self._mixture()
+
     @property
     @abc.abstractmethod
     def x_dim(self) -> int:
@@ -163,12 +167,20 @@ def _warn_once(message: str, config_json: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-class Posterior(FittedPosterior):
-    r"""$q(\theta | x)$, a mixture of its members in unconstrained space: no draw leaves the prior's support."""
+class DensityPosterior(FittedPosterior):
+    r"""What posteriors share whose members are densities $q(\theta | x)$."""
 
     @property
     def x_dim(self) -> int:
         return self.members[0].standardiser.x_loc.shape[0]
+
+    def propose(self, key, n, x=None):
+        """Draws of the prior within the posterior's region (`truncated_prior`)."""
+        return truncated_prior(self, key, n, x)
+
+
+class Posterior(DensityPosterior):
+    r"""$q(\theta | x)$, a mixture of its members in unconstrained space: no draw leaves the prior's support."""
 
     @property
     def history(self) -> History:
@@ -186,10 +198,6 @@ class Posterior(FittedPosterior):
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
         return sample_of(self._core(), key, n, self._data(x))
 
-    def propose(self, key, n, x=None):
-        """Draws of the prior within the posterior's region (`truncated_prior`)."""
-        return truncated_prior(self, key, n, x)
-
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         """log q(theta | x), shape `(*n,)`; −inf, with zero gradient, outside the prior's support.
 
@@ -203,9 +211,6 @@ class Posterior(FittedPosterior):
         check_trailing("theta", theta, (self.prior.dim,))
         theta, core, data = jnp.asarray(theta, jnp.result_type(float)), self._core(), self._data(x)
         return jax.grad(lambda t: jnp.sum(log_prob_of(core, t, data)))(theta)
-
-    def _core(self):
-        return self.prior, *self._mixture()
 
 
 @eqx.filter_jit

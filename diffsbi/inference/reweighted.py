@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
-from diffsbi.inference.posterior import FittedPosterior, log_prob_of, sample_of, truncated_prior, within_support
+from diffsbi.inference.posterior import DensityPosterior, log_prob_of, sample_of, within_support
 from diffsbi.inference.proposals import Proposals
 
 _BLOCK = 20_000
@@ -16,7 +16,7 @@ _MOST_BLOCKS = 50
 _EFFECTIVE = 4  # effective candidates for each draw that is returned
 
 
-class ReweightedPosterior(FittedPosterior):
+class ReweightedPosterior(DensityPosterior):
     r"""$q(\theta|x)\,p(\theta)/\tilde p(\theta)$ up to a constant, with q fitted to parameters drawn from $\tilde p$.
 
     It is zero where $\tilde p$ is smaller than at any simulation: q is not known there, and $p/\tilde p$ is large.
@@ -26,10 +26,6 @@ class ReweightedPosterior(FittedPosterior):
     """
 
     proposals: Proposals = eqx.field(kw_only=True)
-
-    @property
-    def x_dim(self) -> int:
-        return self.members[0].standardiser.x_loc.shape[0]
 
     def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None) -> Float[Array, "n *m p"]:
         r"""`n` distinct draws of theta, `(n, p)`; `(n, *m, p)` for data with leading dimensions.
@@ -54,13 +50,6 @@ class ReweightedPosterior(FittedPosterior):
         value = log_prob_of(self._core(), theta, self._data(x))
         inside, safe = within_support(self.prior, theta)
         return jnp.where(inside, value + self.proposals.log_weight(safe), -jnp.inf)
-
-    def propose(self, key, n, x=None):
-        """As `Posterior.propose`."""
-        return truncated_prior(self, key, n, x)
-
-    def _core(self):
-        return self.prior, *self._mixture()
 
     def _sample_one(self, key: Key, n: int, x: Float[Array, " d"]) -> Float[Array, "n p"]:
         key_choose, key = jax.random.split(key)
