@@ -21,6 +21,7 @@ from diffsbi.diagnostics import misspecification
 from diffsbi.inference import fit_novelty
 from diffsbi.runs import start_run
 from experiments import command_line
+from experiments.lensing import compress, summarised
 
 TESTS = ("all statistics", "compressed", "compressed, density")
 STREAMS = ("compression", "simulations", "observed", "density")
@@ -53,7 +54,8 @@ def main(cfg: Config, out: Path) -> None:
     sim = simulator(cfg)
     run = start_run(out, {"name": "misspecified"} | dataclasses.asdict(cfg), STREAMS)
     statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise, cfg.n_bands)
-    run.once("compression", lambda folder: _compress(cfg, sim, statistics, run, folder))
+    sizes = (cfg.n_covariance, cfg.n_derivative)
+    run.once("compression", lambda folder: compress(sim, statistics, run.key("compression"), folder, *sizes))
     run.once("simulations", lambda folder: _simulate(cfg, sim, statistics, run, folder))
     compression = summaries.ScoreCompression.load(run.path("compression", "compression.npz"))
     made = load_npz(run.path("simulations", "statistics.npz"))
@@ -84,30 +86,13 @@ def simulator(cfg: Config, shift: float = 1.0, noise: float = 1.0):
     return ds.lsst_y10(**survey, **options) if options else right
 
 
-def _compress(cfg: Config, sim, statistics, run, folder: Path) -> dict:
-    compression = summaries.score_compression(
-        statistics, lambda theta, key: sim.draw_one(key, theta)[2], sim.fiducial, run.key("compression"),
-        n_covariance=cfg.n_covariance, n_derivative=cfg.n_derivative, progress=True,
-    )  # fmt: skip
-    compression.save(folder / "compression.npz")
-    return {"simulations": compression.n_simulations}
-
-
 def _simulate(cfg: Config, sim, statistics, run, folder: Path) -> dict:
-    made = {"simulated": _statistics(sim, statistics, run.key("simulations"), cfg.n)}
+    made = {"simulated": summarised(sim, statistics, run.key("simulations"), cfg.n)}
     for i, (shift, noise) in enumerate(cfg.wrong):
         key = jax.random.fold_in(run.key("observed"), i)
-        made[f"observed_{i}"] = _statistics(simulator(cfg, shift, noise), statistics, key, cfg.n_observed, sim.fiducial)
+        made[f"observed_{i}"] = summarised(simulator(cfg, shift, noise), statistics, key, cfg.n_observed, sim.fiducial)
     np.savez(folder / "statistics.npz", **made)
     return {"simulations": cfg.n + len(cfg.wrong) * cfg.n_observed}
-
-
-def _statistics(sim, statistics, key, n: int, theta=None) -> np.ndarray:
-    parts = []
-    for start in range(0, n, 500):
-        draws = sim.draw(key, min(500, n - start), theta, with_score=False, start=start)
-        parts.append(np.asarray(jax.lax.map(statistics, draws.x)))
-    return np.concatenate(parts)
 
 
 def _tests(cfg: Config, statistics, simulated, observed, held_out, compressed, score) -> dict:

@@ -24,6 +24,7 @@ from diffsbi.runs import start_run
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
 from experiments import command_line
 from experiments.curves import print_saved, print_table
+from experiments.lensing import compress, summarised
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
 STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
@@ -83,7 +84,8 @@ def main(cfg: Config, out: Path) -> None:
         run.once("spectrum", lambda folder: _spectrum(cfg, sim, x, run, folder))
         proposal = ds.gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
     statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
-    run.once("compression", lambda folder: _compress(cfg, sim, statistics, run, folder))
+    sizes = (cfg.n_covariance, cfg.n_derivative)
+    run.once("compression", lambda folder: compress(sim, statistics, run.key("compression"), folder, *sizes))
     compression = summaries.ScoreCompression.load(run.path("compression", "compression.npz"))
     observed = compression(statistics(jnp.asarray(x)))
 
@@ -133,15 +135,6 @@ def _spectrum(cfg: Config, sim, x, run, folder: Path) -> dict:
     return {}
 
 
-def _compress(cfg: Config, sim, statistics, run, folder: Path) -> dict:
-    compression = summaries.score_compression(
-        statistics, lambda theta, key: sim.draw_one(key, theta)[2], sim.fiducial, run.key("compression"),
-        n_covariance=cfg.n_covariance, n_derivative=cfg.n_derivative, progress=True,
-    )  # fmt: skip
-    compression.save(folder / "compression.npz")
-    return {"simulations": compression.n_simulations}
-
-
 def _simulate(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
     """Scored simulations, in blocks that an interrupted run keeps."""
     n, size = cfg.seeds * cfg.n_scored, 50
@@ -172,13 +165,8 @@ def _many(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
     """Summaries of many simulations without scores."""
     key_theta, key_draw = jax.random.split(run.key("summaries"))
     theta = (sim.prior if proposal is None else proposal).sample(key_theta, (cfg.n_reference,))
-    t = []
-    for start in range(0, cfg.n_reference, 500):
-        count = min(500, cfg.n_reference - start)
-        draws = sim.draw(key_draw, count, theta[start : start + count], with_score=False, start=start)
-        t.append(np.asarray(jax.lax.map(summary, draws.x)))
-        print(f"simulations without scores: {start + count} of {cfg.n_reference}", flush=True)
-    np.savez(folder / "pool.npz", theta=np.asarray(theta), t=np.concatenate(t))
+    t = summarised(sim, summary, key_draw, cfg.n_reference, theta)
+    np.savez(folder / "pool.npz", theta=np.asarray(theta), t=t)
     return {"simulations": cfg.n_reference}
 
 
