@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import diffsbi as ds
+from diffsbi.diagnostics import sbc_ranks, sbc_test
 from diffsbi.inference import load_posterior
 from diffsbi.inference.losses import MeasuredScore, WeightedScore, likelihood_score, prior_score
 from diffsbi.inference.standardise import fit_standardiser
@@ -109,6 +110,20 @@ def test_several_observations_and_the_unnormalised_density(linear, scored):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+def test_many_observations_at_once_are_calibrated(linear, scored):
+    """The posterior of each row is that of its own data: shuffled rows fail at once."""
+    truth = linear.draw(jax.random.key(10), 150, with_score=False)
+    theta = np.asarray(scored.sample(jax.random.key(0), 100, truth.x, n_warmup=100))
+    means, _ = jax.vmap(linear.posterior)(truth.x)
+    width = np.sqrt(np.diag(linear.posterior(truth.x[0])[1]))
+    z = (theta.mean(0) - np.asarray(means)) / width
+    assert np.sqrt(np.mean(z**2)) < 0.3  # a hundred draws, and the fit's own error
+    ranks = sbc_ranks(theta.swapaxes(0, 1), truth.theta)
+    assert sbc_test(ranks, 100).min() > 1e-3
+    shuffled = sbc_ranks(np.roll(theta.swapaxes(0, 1), 1, axis=0), truth.theta)
+    assert sbc_test(shuffled, 100).min() < 1e-3
+
+
 def test_outside_the_prior_the_posterior_is_zero():
     sim = ds.lotka_volterra()
     draws = sim.draw(jax.random.key(0), 12, with_score=False)
@@ -131,7 +146,7 @@ def test_round_trip(linear, scored, tmp_path):
     [
         (lambda p: p.sample(jax.random.key(0), 0), "Expected n >= 1 draws; got 0"),
         (lambda p: p.sample(jax.random.key(0), 5), "Expected data x="),
-        (lambda p: p.chains(jax.random.key(0), jnp.zeros((2, 4))), "Expected one observation"),
+        (lambda p: p.chains(jax.random.key(0), jnp.zeros((2, 4)), until_ess=10), "Expected no until_ess"),
         (lambda p: p.log_prob(jnp.zeros(2), jnp.zeros(3)), "3"),
         (lambda p: p.condition(jnp.full(4, jnp.nan)), "x"),
     ],

@@ -605,3 +605,36 @@ def test_the_time_left_is_what_is_missing_at_the_pace_so_far(x64, monkeypatch):
     done = 4 * 140  # transitions of one gradient; the clock ticks once at the start and once for each `left`
     expected = (1000 / effective - 1) * 4 * 100 * (len(left) / done)
     assert left[-1] == pytest.approx(expected, rel=0.02)
+
+
+class Shifted(eqx.Module):
+    def __call__(self, z, data):
+        return -0.5 * jnp.sum((z - data) ** 2)
+
+
+@pytest.mark.parametrize("method", ["sequential", "vectorized"])
+def test_chains_with_data_of_their_own_have_targets_of_their_own_and_resume(tmp_path, x64, method):
+    data = jnp.asarray([[-30.0, 0.0, 5.0], [40.0, 1.0, -5.0]])
+    run = dict(kernel=Metropolis(Shifted(), 40), init=start() + data, data=data, chain_method=method)
+    whole = short(n_samples=2000, **run)
+    np.testing.assert_allclose(whole.theta.mean(1), data, atol=0.5)
+    with pytest.raises(Stop):
+        short(tmp_path, on_block=stop_at(3)[0], **run)
+    assert_same(short(tmp_path, **run), short(**run))
+    with pytest.raises(ValueError, match="another configuration|other settings|data"):
+        short(tmp_path, **(run | dict(data=data + 1)))
+
+
+def test_with_data_a_stuck_chain_is_warned_about_and_wrong_data_are_refused(x64):
+    class Well(eqx.Module):
+        def __call__(self, z, hard):
+            return -0.5 * jnp.sum(z**2) - jnp.where(jnp.sum(z**2) < 1e-20, 0.0, hard)
+
+    kernel, hard = Metropolis(Well(), 0), jnp.asarray([0.0, 1e6])
+    with pytest.warns(UserWarning, match="Chain 1 did not move in 20 transitions"):
+        chains = short(kernel=kernel, init=jnp.zeros((2, 3)), data=hard)
+    assert np.ptp(chains.theta[0]) > 1
+    with pytest.raises(ValueError, match="leading axis of 2 chains"):
+        short(kernel=kernel, data=jnp.zeros(3))
+    with pytest.raises(ValueError, match="no until_ess"):
+        short(kernel=kernel, data=hard, until_ess=10)

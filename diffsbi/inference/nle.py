@@ -1,8 +1,11 @@
 r"""Neural likelihood estimation: a density of the summaries given the parameters, and the posterior that it makes."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.inference.estimator import Estimator
@@ -12,6 +15,7 @@ from diffsbi.sampling import Chains, nuts
 
 _CANDIDATES = 2000  # points among which the chains' starts are chosen
 _NARROWINGS = 4
+_MOST_CHAINS = 512  # run together by `sample`
 
 
 class LikelihoodPosterior(FittedPosterior):
@@ -39,29 +43,34 @@ class LikelihoodPosterior(FittedPosterior):
         return jnp.where(inside, self.prior.log_prob(safe) + self.log_likelihood(safe, x), -jnp.inf)
 
     def chains(
-        self, key: Key, x: Float[Array, " d"] | None = None, *, n_samples: int = 500, n_chains: int = 4, **settings
+        self, key: Key, x: Float[Array, "*m d"] | None = None, *, n_samples: int = 500, n_chains: int = 4, **settings
     ) -> Chains:
-        """NUTS chains on theta for one observation, with their diagnostics.
+        """NUTS chains on theta, with their diagnostics; those of several observations run together.
 
-        They start in the bulk (`_starts`); `settings` are those of `diffsbi.nuts`.
+        They start in the bulk (`_starts`); `settings` are those of `diffsbi.nuts`. With data `(m, d)` chain c is of
+        observation c // n_chains, so that `.theta` is `(m * n_chains, n_samples, p)`: R-hat of all together means
+        nothing there. The trees of one step are as deep as the deepest of them needs.
         """
         data = self._data(x)
-        if data.ndim != 1:
-            raise ValueError(f"Expected one observation, x with shape ({self.x_dim},); got {data.shape}.")
         key_start, key_chain = jax.random.split(check_key(key))
-        target = _Target(*self._core(), data)
-        init = _starts(target, key_start, n_chains)
-        settings = dict(n_warmup=400, chain_method="vectorized", mass="dense") | settings
+        settings = dict(n_warmup=200, chain_method="vectorized", mass="dense", step_size=0.5) | settings
         n_warmup = settings.pop("n_warmup")
-        return nuts(
-            target, init, key_chain, n_warmup, n_samples,
-            names=self.names, extract=self.prior.from_unconstrained, **settings,
-        )  # fmt: skip
+        target, flat = _Target(*self._core()), data.reshape(-1, self.x_dim)
+        init, frames = _starts(target, jax.random.split(key_start, len(flat)), flat, n_chains)
+        if len(flat) == 1:  # one target: its R-hat and effective sample size can be waited for
+            one = _At(target, jax.tree.map(lambda a: a[0], frames))
+            settings |= dict(names=self.names, extract=one.theta)
+            return nuts(one, init, key_chain, n_warmup, n_samples, **settings)
+        settings = dict(max_tree_depth=(6, 8)) | settings  # all chains wait for the deepest tree
+        frames = jax.tree.map(lambda a: jnp.repeat(a, n_chains, axis=0), frames)
+        chains = nuts(target, init, key_chain, n_warmup, n_samples, names=self.names, data=frames, **settings)
+        theta = jax.vmap(target.theta)(jnp.asarray(chains.theta), frames)
+        return eqx.tree_at(lambda c: c.theta, chains, np.asarray(theta))
 
     def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None, **settings) -> Float[Array, "n *m p"]:
         """`n` draws of theta, `(n, p)`; `(n, *m, p)` for data with leading dimensions, one set of chains for each.
 
-        The draws are those of `chains`, in random order.
+        The draws are those of `chains`, in random order; at most `_MOST_CHAINS` chains run together.
 
         Raises:
             ValueError: If `n` < 1, or x has the wrong width, is not finite, or is missing.
@@ -71,50 +80,101 @@ class LikelihoodPosterior(FittedPosterior):
         data = self._data(x)
         flat = data.reshape(-1, self.x_dim)
         n_chains = settings.setdefault("n_chains", 4)
+        # Blocks of one size: one compilation.
+        n_blocks = -(-len(flat) * n_chains // _MOST_CHAINS)
+        size = -(-len(flat) // n_blocks)
         draws = []
-        for i, one in enumerate(flat):
-            key_chain, key_order = jax.random.split(jax.random.fold_in(check_key(key), i))
-            chains = self.chains(key_chain, one, n_samples=-(-n // n_chains), **settings)
-            draws.append(jax.random.permutation(key_order, jnp.asarray(chains.flat()))[:n])
-        return jnp.stack(draws, 1).reshape(n, *data.shape[:-1], self.prior.dim)
+        for b, first in enumerate(range(0, len(flat), size)):
+            key_chain, key_order = jax.random.split(jax.random.fold_in(check_key(key), b))
+            block = flat[jnp.minimum(jnp.arange(first, first + size), len(flat) - 1)]
+            chains = self.chains(key_chain, block, n_samples=-(-n // n_chains), **settings)
+            theta = jnp.asarray(chains.theta).reshape(size, -1, self.prior.dim)
+            draws.append(jax.vmap(jax.random.permutation)(jax.random.split(key_order, size), theta)[:, :n])
+        out = jnp.concatenate(draws)[: len(flat)]
+        return jnp.moveaxis(out, 0, 1).reshape(n, *data.shape[:-1], self.prior.dim)
 
     def propose(self, key, n, x=None):
         """Draws of the posterior itself: a likelihood may be learned anywhere."""
         return self.sample(key, n, x), None
 
 
+class _Frame(NamedTuple):
+    """An observation, and the coordinates in which its posterior is near a standard normal: u = loc + root v."""
+
+    x: Float[Array, " d"]
+    loc: Float[Array, " p"]
+    root: Float[Array, "p p"]
+
+
 class _Target(eqx.Module):
     prior: Prior
     members: tuple[Member, ...]
     weights: Array | None
-    x: Array
 
-    def __call__(self, u):
-        return self.prior.log_prob_unconstrained(u) + mixture_log_prob(self.members, self.x, u, self.weights)
+    def __call__(self, v, frame: _Frame):
+        return self.log_prob(frame.loc + frame.root @ v, frame.x)
+
+    def log_prob(self, u, x):
+        return self.prior.log_prob_unconstrained(u) + mixture_log_prob(self.members, x, u, self.weights)
+
+    def theta(self, v: Float[Array, "*n p"], frame: _Frame) -> Float[Array, "*n p"]:
+        moved = v @ frame.root.T
+        return self.prior.from_unconstrained(moved + jnp.broadcast_to(frame.loc, moved.shape))
+
+
+class _At(eqx.Module):
+    target: _Target
+    frame: _Frame
+
+    def __call__(self, v):
+        return self.target(v, self.frame)
+
+    def theta(self, v):
+        return self.target.theta(v, self.frame)
 
 
 @eqx.filter_jit
-def _values(target: _Target, u: Float[Array, "n p"]) -> Float[Array, " n"]:
-    """The target, −inf where it is not finite."""
-    value = jax.vmap(target)(u)
-    return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+def _starts(target: _Target, keys: Key, x: Float[Array, "m d"], n_chains: int) -> tuple[Array, _Frame]:
+    """Starts (m n_chains, p) in the bulk of each row's posterior, and the rows' frames; one row after the other."""
+    starts, frames = jax.lax.map(lambda args: _starts_of(target, args[0], args[1], n_chains), (keys, x))
+    return starts.reshape(-1, starts.shape[-1]), frames
 
 
-def _starts(target: "_Target", key: Key, n_chains: int) -> Float[Array, "chains p"]:
-    """Unconstrained starts in the bulk of the posterior, by importance resampling of ever narrower candidates."""
+def _starts_of(target: _Target, key: Key, x: Float[Array, " d"], n_chains: int) -> tuple[Array, _Frame]:
+    """Importance resampling of ever narrower candidates."""
+
+    def values(u):
+        value = jax.vmap(lambda one: target.log_prob(one, x))(u)
+        return jnp.where(jnp.isfinite(value), value, -jnp.inf)
+
     key_prior, key = jax.random.split(key)
     u = target.prior.to_unconstrained(target.prior.sample(key_prior, (_CANDIDATES,)))
-    log_weight = _values(target, u) - jax.vmap(target.prior.log_prob_unconstrained)(u)
-    for key_round in jax.random.split(key, _NARROWINGS):
+    log_weight = values(u) - jax.vmap(target.prior.log_prob_unconstrained)(u)
+
+    def narrow(carry, key_round):
+        u, log_weight = carry
         key_choose, key_move = jax.random.split(key_round)
-        chosen = u[jax.random.categorical(key_choose, log_weight, shape=(_CANDIDATES,))]
+        # Systematic resampling.
+        places = (jnp.arange(_CANDIDATES) + jax.random.uniform(key_choose)) / _CANDIDATES
+        index = jnp.searchsorted(jnp.cumsum(jax.nn.softmax(log_weight)), places)
+        chosen = u[jnp.minimum(index, _CANDIDATES - 1)]
         # Candidates that are copies of few are told apart by a tenth of the last round's spread at least.
         width = jnp.maximum(jnp.std(chosen, 0), 0.1 * jnp.std(u, 0))
         u = chosen + jnp.broadcast_to(width, chosen.shape) * jax.random.normal(key_move, chosen.shape)
-        log_weight = _values(target, u)
+        return (u, values(u)), None
+
+    (u, log_weight), _ = jax.lax.scan(narrow, (u, log_weight), jax.random.split(key, _NARROWINGS))
+    weight = jax.nn.softmax(log_weight)
+    loc = weight @ u
+    centred = u - jnp.broadcast_to(loc, u.shape)
+    # The correlations of few candidates are not trusted all the way: their matrix might be singular.
+    covariance = centred.T @ (weight[:, None] * centred)
+    diagonal = jnp.diag(jnp.maximum(jnp.diag(covariance), 1e-3 * jnp.var(u, 0)))
+    root = jnp.linalg.cholesky(0.9 * covariance + 0.1 * diagonal)
     # Distinct ones, in proportion to the density (Gumbel's trick).
     order = log_weight + jax.random.gumbel(key, log_weight.shape)
-    return u[jnp.argsort(-order)[:n_chains]]
+    chosen = centred[jnp.argsort(-order)[:n_chains]]
+    return jax.scipy.linalg.solve_triangular(root, chosen.T, lower=True).T, _Frame(x, loc, root)
 
 
 class NLE(Estimator[LikelihoodPosterior]):

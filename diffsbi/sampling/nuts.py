@@ -113,7 +113,7 @@ def nuts(
             over, the rest diagonal; or a fixed inverse mass matrix, `(d,)` or `(d, d)`, in the order of `ravel_pytree`.
         step_size: The first step size.
         forward_mode: Forward-mode gradients: for a handful of dimensions they compile faster.
-        running: How the chains are run: `folder`, `progress`, `until_ess`, ...; see `diffsbi.sampling.runner.sample`.
+        running: How the chains are run: `folder`, `until_ess`, `data`, ...; see `diffsbi.sampling.runner.sample`.
 
     Raises:
         ValueError, RuntimeError: As `diffsbi.sampling.runner.sample`.

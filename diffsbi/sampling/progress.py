@@ -1,12 +1,16 @@
 """How far the chains are: effective sample sizes, R̂, and the progress line."""
 
 import time
+import warnings
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from diffsbi.sampling.chains import ess_bulk, rhat
+
+STUCK = 20  # transitions without a move that are no accident
+STORM = 50  # divergent transitions in a row that are no accident
 
 
 def kept(groups, n_warmup: int) -> np.ndarray:
@@ -79,3 +83,24 @@ class Report:
         pace = (time.monotonic() - self.began) / self.spent
         missing = max(self.until_ess / effective - 1, 0) * self.account["gradients"] * theta.shape[1] / done
         return shown | dict(left=tqdm.format_interval(missing * pace))
+
+
+def check_record(record, group: list[int], before: int, n_warmup: int, own_data: bool) -> None:
+    """Raise where a chain's block is not finite, or does not move; where chains have targets of their own, warn."""
+    for c, chain in enumerate(group):
+        theta, diverging = record["theta"][c], record["diverging"][c]
+        bad = ~(np.isfinite(record["energy"][c]) & np.isfinite(theta).all(-1) & np.isfinite(record["log_density"][c]))
+        where = f"transition {before + int(np.argmax(bad))}"
+        if bad.any():
+            raise RuntimeError(f"Chain {chain} has a non-finite energy at {where}; is the log-density bounded?")
+        state = f"step size {record['step_size'][c, -1]:.3g}, {int(diverging.sum())} divergences"
+        advice = "a longer warm-up, a smaller first step or a higher target_accept may help"
+        problem = None
+        if before >= n_warmup and len(theta) >= STUCK and np.all(theta == theta[0]):
+            problem = f"Chain {chain} did not move in {len(theta)} transitions ({state}): {advice}."
+        elif len(theta) >= STORM and diverging.all():
+            problem = f"Chain {chain} diverged in all of {len(theta)} transitions ({state}): {advice}."
+        if problem and own_data:
+            warnings.warn(problem, stacklevel=2)
+        elif problem:
+            raise RuntimeError(problem)

@@ -14,10 +14,7 @@ from diffsbi._types import Array, Key, check_key
 from diffsbi.sampling.blocks import START, BlockStore, array_digest
 from diffsbi.sampling.chains import Chains
 from diffsbi.sampling.kernels import UNKNOWN, AbstractKernel, select
-from diffsbi.sampling.progress import Report, kept, largest_rhat, smallest_ess
-
-STUCK = 20  # transitions without a move that are no accident
-STORM = 50  # divergent transitions in a row that are no accident
+from diffsbi.sampling.progress import Report, check_record, kept, largest_rhat, smallest_ess
 
 
 class BadStart(ValueError):
@@ -29,12 +26,16 @@ class BadStart(ValueError):
 
 
 class _Chain(NamedTuple):
-    """One chain between two transitions: the kernel's state, kept transitions, running moments of what is tracked."""
+    """One chain between two transitions: the kernel's state, kept transitions, running moments of what is tracked.
+
+    `data` is what its log-density takes beside the position; None where all chains have one target.
+    """
 
     kernel: Any
     n: Array
     mean: Any
     scatter: Any
+    data: Any = None
 
 
 class _Program(eqx.Module):
@@ -45,21 +46,29 @@ class _Program(eqx.Module):
     track: Callable | None
     block: int = eqx.field(static=True)
 
-    def start(self, init, key, chains: list[int]) -> tuple[_Chain, dict[str, np.ndarray]]:
+    def start(self, init, key, chains: list[int], data=None) -> tuple[_Chain, dict[str, np.ndarray]]:
         """States at the starting points, a leading axis of `len(chains)` on every leaf, and what was recorded there."""
-        fresh = []
-        for c in chains:
-            position = jax.tree.map(lambda a, c=c: a[c], init)
-            zero = () if self.track is None else jax.tree.map(_zeros, jax.eval_shape(self.track, position))
-            state = self.kernel.start(position, jax.random.fold_in(key, c))
-            fresh.append(_Chain(state, jnp.asarray(-1 - self.kernel.n_warmup), zero, zero))
-        state = jax.tree.map(lambda *a: jnp.stack(a), *fresh)
-        state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, a.dtype) if _numeric(a) else a, state)
+        index = jnp.asarray(chains)
+        keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(index)
+        fresh = jax.vmap(self._fresh)(*jax.tree.map(lambda a: a[index], (init, keys, data)))
+        state = jax.tree.map(lambda a: jax.lax.convert_element_type(a, a.dtype) if _numeric(a) else a, fresh)
         state, record = self.advance(state, 1)
         for c, chain in enumerate(chains):
             if record["diverging"][c, 0] or not UNKNOWN / 2 < record["log_density"][c, 0] < np.inf:
                 raise BadStart(chain)
         return state, record
+
+    def _fresh(self, position, key, data) -> _Chain:
+        zero = () if self.track is None else jax.tree.map(_zeros, jax.eval_shape(self.track, position))
+        state = self.kernel_of(data).start(position, key)
+        return _Chain(state, jnp.asarray(-1 - self.kernel.n_warmup), zero, zero, data)
+
+    def kernel_of(self, data) -> AbstractKernel:
+        """The kernel of the target that a chain's data make."""
+        if data is None:
+            return self.kernel
+        density = self.kernel.log_density
+        return eqx.tree_at(lambda k: k.log_density, self.kernel, lambda position: density(position, data))
 
     def advance(self, state: _Chain, n: int) -> tuple[_Chain, dict[str, np.ndarray]]:
         """`n` transitions (at most a block) of every chain; records `(chains, n, ...)`."""
@@ -76,16 +85,18 @@ def _advance(program: _Program, state: _Chain, n):
 
 
 def _transitions(program: _Program, state: _Chain, n):
+    kernel = program.kernel_of(state.data)
+
     def body(k, carry):
         state, record = carry
-        new, row = program.kernel.step(state.kernel)
+        new, row = kernel.step(state.kernel)
         state = _accumulate(program, state._replace(kernel=new, n=state.n + 1))
-        row = dict(row._asdict(), theta=program.extract(program.kernel.position(new)))
+        row = dict(row._asdict(), theta=program.extract(kernel.position(new)))
         return state, jax.tree.map(lambda all, one: all.at[k].set(one), record, row)
 
     def row_shape(state):
-        row = program.kernel.step(state.kernel)[1]
-        return dict(row._asdict(), theta=program.extract(program.kernel.position(state.kernel)))
+        row = kernel.step(state.kernel)[1]
+        return dict(row._asdict(), theta=program.extract(kernel.position(state.kernel)))
 
     shapes = jax.eval_shape(row_shape, state)
     record = jax.tree.map(lambda a: jnp.zeros((program.block, *a.shape), a.dtype), shapes)
@@ -121,6 +132,7 @@ def sample(
     progress: bool = False,
     on_block: Callable[[dict], None] | None = None,
     context: dict[str, Any] | None = None,
+    data=None,
 ) -> Chains:
     r"""Run a kernel's chains in blocks; only `extract(position)` of each draw is kept.
 
@@ -146,6 +158,8 @@ def sample(
             `until_ess`, the time that is left.
         on_block: Called after every block with the account that the bar shows.
         context: Further settings that decide the numbers, for the record and the folder's configuration.
+        data: What the log-density takes beside the position, with a leading chain axis: each chain has a target of its
+            own, and one compilation serves all. A chain that is stuck is then warned about, and the others go on.
 
     Raises:
         ValueError: On settings that make no sense, a log-density that is not finite at a starting point, or a `folder`
@@ -155,15 +169,19 @@ def sample(
     """
     init = jax.tree.map(lambda a: jnp.asarray(a, jnp.result_type(float)), init)
     n_chains = _check(init, kernel.n_warmup, block, n_samples, chain_method, until_ess)
+    data = jax.tree.map(jnp.asarray, data)
+    if data is not None:
+        _check_data(data, n_chains, until_ess)
     program = _Program(kernel, extract or _whole(init), track, block)
     names = _names(names, program.extract, init)
     groups = [[c] for c in range(n_chains)] if chain_method == "sequential" else [list(range(n_chains))]
-    started = [program.start(init, check_key(key), group) for group in groups]
+    started = [program.start(init, check_key(key), group, data) for group in groups]
     account = dict(kernel.account(), **(context or {}), block=block, chain_method=chain_method)
     store = None
     if folder is not None:
         configuration = dict(account, n_chains=n_chains, names=names, dtype=str(jnp.result_type(float)))
         configuration |= dict(init=array_digest(*jax.tree.leaves(init)), key=array_digest(jax.random.key_data(key)))
+        configuration |= {} if data is None else dict(data=array_digest(*jax.tree.leaves(data)))
         start = [float(value) for _, record in started for value in record["log_density"][:, 0]]
         store = BlockStore(folder, _plain(configuration | {START: start}))
     gradients = sum(int(record["num_steps"].sum()) for _, record in started)
@@ -259,7 +277,7 @@ class _Blocks:
 def _run(program, starts, groups, stop, store, report):
     """All blocks of all groups, in rounds, so that the chains stay level."""
     blocks = _Blocks(program, starts, store)
-    size, k = program.block, 0
+    size, k, own_data = program.block, 0, starts[0].data is not None
     # One thread for each core: a chain's many small operations leave the other cores idle.
     with report, ThreadPoolExecutor(min(len(groups), os.cpu_count() or 1)) as pool:
         while k == 0 or not stop(blocks.records):
@@ -270,13 +288,13 @@ def _run(program, starts, groups, stop, store, report):
             n = lengths.pop() if lengths else blocks.length(k) or min(size, left)
             for g, record in there.items():
                 blocks.accept(g, record, resumed=True)
-                _check_record(record, groups[g], done, stop.n_warmup)
+                check_record(record, groups[g], done, stop.n_warmup, own_data)
                 report(groups[g], record, resumed=True)
             running = {pool.submit(blocks.sample, g, k, n): g for g in range(len(groups)) if g not in there}
             for finished in as_completed(running):
                 g, record = running[finished], finished.result()
                 blocks.accept(g, record, resumed=False)
-                _check_record(record, groups[g], done, stop.n_warmup)
+                check_record(record, groups[g], done, stop.n_warmup, own_data)
                 report(groups[g], record)
             k += 1
         return blocks.records, [blocks.state(g, k - 1) for g in range(len(groups))]
@@ -338,19 +356,12 @@ def _names(names, extract, init) -> tuple[str, ...]:
     return names
 
 
-def _check_record(record, group: list[int], before: int, n_warmup: int) -> None:
-    for c, chain in enumerate(group):
-        theta, diverging = record["theta"][c], record["diverging"][c]
-        bad = ~(np.isfinite(record["energy"][c]) & np.isfinite(theta).all(-1) & np.isfinite(record["log_density"][c]))
-        where = f"transition {before + int(np.argmax(bad))}"
-        if bad.any():
-            raise RuntimeError(f"Chain {chain} has a non-finite energy at {where}; is the log-density bounded?")
-        state = f"step size {record['step_size'][c, -1]:.3g}, {int(diverging.sum())} divergences"
-        advice = "a longer warm-up, a smaller first step or a higher target_accept may help"
-        if before >= n_warmup and len(theta) >= STUCK and np.all(theta == theta[0]):
-            raise RuntimeError(f"Chain {chain} did not move in {len(theta)} transitions ({state}): {advice}.")
-        if len(theta) >= STORM and diverging.all():
-            raise RuntimeError(f"Chain {chain} diverged in all of {len(theta)} transitions ({state}): {advice}.")
+def _check_data(data, n_chains: int, until_ess) -> None:
+    shapes = [leaf.shape for leaf in jax.tree.leaves(data)]
+    if any(shape[:1] != (n_chains,) for shape in shapes):
+        raise ValueError(f"Expected data with a leading axis of {n_chains} chains on every leaf; got shapes {shapes}.")
+    if until_ess is not None:
+        raise ValueError("Expected no until_ess where chains have data, so targets, of their own.")
 
 
 def _zeros(shape) -> Array:
