@@ -186,15 +186,17 @@ def curves(
     ylabel: str,
     levels: Mapping[str, float],
     log_y: bool = True,
+    log_x: bool = True,
 ) -> Figure:
-    """Points with error bars, joined within each curve, against a logarithmic axis, and named horizontal lines.
+    """Points with error bars, joined within each curve, and named horizontal lines.
 
     Args:
         rows: (curve, x, y, standard error of y).
         xlabel: Label of x.
         ylabel: Label of y.
         levels: Name → height of a dashed line.
-        log_y: Whether y is logarithmic too.
+        log_y: Whether y is logarithmic.
+        log_x: Whether x is.
     """
     with matplotlib.rc_context(STYLE):
         figure = _figure(4.2, 3.2)
@@ -206,7 +208,8 @@ def curves(
         for name, level in levels.items():
             axis.axhline(level, color="0.4", lw=0.8, ls="--")
             axis.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        axis.set(xscale="log", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
+        scales = ["log" if log else "linear" for log in (log_x, log_y)]
+        axis.set(xscale=scales[0], yscale=scales[1], xlabel=xlabel, ylabel=ylabel)
         axis.legend()
     return figure
 

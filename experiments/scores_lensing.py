@@ -6,6 +6,9 @@ given these numbers comes nearer to the full field's than that allows. So every 
 numbers themselves say, as NLE learns it from `n_reference` simulations without scores (there is no exact answer).
 Parameters are drawn from the prior, or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed
 has simulations of its own; those of a smaller N are the first ones of a larger.
+
+Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
+shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal.
 """
 
 import dataclasses
@@ -18,8 +21,9 @@ import numpy as np
 
 import diffsbi as ds
 from diffsbi import summaries
-from diffsbi._files import load_npz, read_json, write_json
-from diffsbi.diagnostics import c2st, compare_moments
+from diffsbi._files import load_npz, read_json, write_json, write_npz
+from diffsbi.diagnostics import c2st, compare_moments, sbc_ranks, sbc_test, tarp
+from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.runs import start_run
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
 from experiments import command_line
@@ -48,6 +52,8 @@ class Config:
     n_covariance: int = 400
     n_derivative: int = 50
     n_reference: int = 20_000
+    coverage_n: tuple[int, ...] = (100, 400)
+    n_coverage: int = 500
     n_samples: int = 2000
     members: int = 4
     ess: float = 2000.0
@@ -59,10 +65,13 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        16, "spectrum", 1.25, (20,), 20, 1, ("NPE",), (("whitened", 2),), 50, 5, 100, 200, 1, 20, 60, 60, 2
+        16, n=(20,), n_scored=20, seeds=1, scores=(("whitened", 2),), n_covariance=50, n_derivative=5, n_reference=100,
+        coverage_n=(20,), n_coverage=20, n_samples=200, members=1, ess=20, n_warmup=60, n_draws=60, n_chains=2,
     ),
     "paper": Config(),
     "prior": Config(proposal="prior", seeds=3),
+    # 64² without white scores and from 400 draws at most: an hour.
+    "short": Config(n=(50, 100, 200, 400), n_scored=400, scores=(("whitened", 4),), n_reference=8000),
     # The full configuration; the sizes past the scored ones tell how many simulations without scores it takes.
     "large": Config(
         256, n=(50, 100, 200, 400, 1000, 2000), n_scored=200, seeds=4, ess=1000.0, n_reference=8000, members=2
@@ -105,17 +114,25 @@ def main(cfg: Config, out: Path) -> None:
         if not path.exists():
             print(path.stem, flush=True)
             key, arrays = jax.random.fold_in(run.key("fits"), 1000 * seed + n), _rows(cfg, pool, many, seed, n, kind)
-            theta = _fit(cfg, sim, ESTIMATORS[name], proposal, arrays, observed, key)
+            posterior = _posterior(cfg, sim, ESTIMATORS[name], proposal, arrays, key)
+            if n in cfg.coverage_n:
+                write_npz(path.with_suffix(".npz"), _at_observations(cfg, posterior, proposal, many, seed, key))
+            theta = _draws(posterior, key, cfg.n_samples, observed)
             write_json(path, _distances(theta, references, sim.names, seed))
         rows.append(read_json(path) | dict(estimator=name, score=_name(kind), n=n, seed=seed))
     limit = run.account("given_summaries")
-    write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"]))
+    calibration = [_calibration(cfg, out, n, kind, name) for n, kind, name in _coverage_cases(cfg)]
+    write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"], coverage=calibration))
     for value, title in (("c2st", "the full field"), ("c2st_summaries", "what the summaries hold")):
         print(f"\nC2ST against {title}, mean and standard error over {cfg.seeds} seeds")
         print_table(rows, ("estimator", "score"), value)
         for name, kind in itertools.product(cfg.estimators, cfg.scores):
             print_saved(rows, {"estimator": name}, _name(kind), value)
     print(f"What the summaries hold against the full field: {limit}")
+    print(f"\nCalibration on {cfg.n_coverage} observations: p-values of TARP and of the ranks of {sim.names}")
+    for case in calibration:
+        ranks = " ".join(f"{p:.3f}" for p in case["rank_p_values"])
+        print(f"{case['estimator']} {case['score']:12} {case['n']:6}: {case['tarp_p_value']:.3f}; {ranks}")
 
 
 def _name(kind: tuple[str, int] | None) -> str:
@@ -181,18 +198,53 @@ def _rows(cfg: Config, pool, many, seed: int, n: int, kind):
     return theta, t, None if kind is None else pool[_name(kind)][first]
 
 
-def _fit(cfg: Config, sim, estimator, proposal, arrays, observed, key, n_samples: int | None = None) -> np.ndarray:
-    key_fit, key_sample = jax.random.split(key)
-    posterior = estimator(sim.prior).append(*arrays, proposal=proposal).fit(key_fit, members=cfg.members)
-    return np.asarray(posterior.sample(key_sample, n_samples or cfg.n_samples, observed))
+def _posterior(cfg: Config, sim, estimator, proposal, arrays, key):
+    return estimator(sim.prior).append(*arrays, proposal=proposal).fit(jax.random.split(key)[0], members=cfg.members)
+
+
+def _draws(posterior, key, n: int, x) -> np.ndarray:
+    return np.asarray(posterior.sample(jax.random.split(key)[1], n, x))
+
+
+def _at_observations(cfg: Config, posterior, proposal, many, seed: int, key, n: int = 200) -> dict[str, np.ndarray]:
+    """This seed's share of the test observations, none of which was trained on: their parameters, and draws."""
+    share = cfg.n_coverage // cfg.seeds
+    rows = slice(len(many["theta"]) - (seed + 1) * share, len(many["theta"]) - seed * share)
+    key_draw, key_choose = jax.random.split(jax.random.fold_in(key, 1))
+    if isinstance(posterior, ReweightedPosterior):
+        samples = np.asarray(posterior.under_proposal().sample(key_draw, n, many["t"][rows]))
+    elif proposal is None:
+        samples = np.asarray(posterior.sample(key_draw, n, many["t"][rows]))
+    else:  # draws under the prior, those under the proposal chosen among them
+        theta = posterior.sample(key_draw, 5 * n, many["t"][rows])
+        log_weight = proposal.log_prob(theta) - posterior.prior.log_prob(theta)
+        order = jnp.argsort(log_weight + jax.random.gumbel(key_choose, log_weight.shape), axis=0)[-n:]
+        samples = np.asarray(jnp.take_along_axis(theta, order[..., None], axis=0))
+    return dict(theta=many["theta"][rows], samples=samples.swapaxes(0, 1))
+
+
+def _coverage_cases(cfg: Config):
+    cases = itertools.product(cfg.n, [None, *cfg.scores], cfg.estimators)
+    return [c for c in cases if c[0] in cfg.coverage_n and (c[1] is None or c[0] <= cfg.n_scored)]
+
+
+def _calibration(cfg: Config, out: Path, n: int, kind, name: str) -> dict:
+    """Ranks and TARP over the observations of all seeds."""
+    found = [load_npz(out / "fits" / f"{name}_{_name(kind)}_{n}_{seed}.npz") for seed in range(cfg.seeds)]
+    samples, theta = (np.concatenate([f[part] for f in found]) for part in ("samples", "theta"))
+    ranks, ball = sbc_ranks(samples, theta), tarp(samples, theta)
+    p_values = sbc_test(ranks, samples.shape[1]).tolist()
+    return dict(
+        estimator=name, score=_name(kind), n=n, observations=len(theta), rank_p_values=p_values,
+        tarp_p_value=ball.p_value, levels=ball.levels.tolist(), shares=ball.coverage.tolist(),
+    )  # fmt: skip
 
 
 def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, folder: Path) -> dict:
     """What the summaries say, from all simulations without scores, and how far NPE is from it."""
     arrays, n = (many["theta"], many["t"], None), 2 * cfg.n_samples
-    theta, other = (
-        _fit(cfg, sim, e, proposal, arrays, observed, run.key("given_summaries"), n) for e in (ds.NLE, ds.NPE)
-    )
+    key = run.key("given_summaries")
+    theta, other = (_draws(_posterior(cfg, sim, e, proposal, arrays, key), key, n, observed) for e in (ds.NLE, ds.NPE))
     np.savez(folder / "samples.npz", theta=theta)
     account = _distances(theta, {"c2st": chain, "c2st_npe": other}, sim.names, 0)
     return account | {"simulations": cfg.n_reference}

@@ -1,6 +1,8 @@
-"""C2ST against the full field, by number of simulations and kind of score. From `experiments.scores_lensing`."""
+"""C2ST against the full field by number of simulations and kind of score; coverage: `experiments.scores_lensing`."""
 
 from pathlib import Path
+
+import numpy as np
 
 from diffsbi import plotting
 from diffsbi._files import read_json
@@ -19,7 +21,19 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         name = f"scores_lensing_{estimator.lower()}"
         figures[name] = plotting.curves(full, x, "C2ST against the full field", limit, log_y=False)
         figures[f"{name}_summaries"] = plotting.curves(own, x, "C2ST against the summaries' posterior", {}, log_y=False)
+    for n in dict.fromkeys(case["n"] for case in found["coverage"]):
+        figures[f"scores_lensing_coverage_{n}"] = plotting.curves(
+            [row for case in found["coverage"] if case["n"] == n for row in _coverage(case)],
+            "credibility level (TARP)", "coverage − level", {"calibrated": 0.0}, log_y=False, log_x=False,
+        )  # fmt: skip
     return figures
+
+
+def _coverage(case: dict) -> list[tuple[str, float, float, float]]:
+    name = f"{case['estimator']}, {TITLES.get(case['score'], case['score'])}"
+    level, share = np.array(case["levels"]), np.array(case["shares"])
+    error = np.sqrt(level * (1 - level) / case["observations"])
+    return [(name, *point) for point in np.stack([level, share - level, error], -1).tolist()]
 
 
 if __name__ == "__main__":

@@ -140,6 +140,10 @@ def test_a_reweighted_posterior_ends_where_the_simulations_do(linear, observed):
     np.testing.assert_allclose(posterior.proposals.floor, proposal.log_prob(theta).min(), rtol=1e-5)
     draws = posterior.sample(jax.random.key(2), 2000, observed)
     assert proposal.log_prob(draws).min() >= posterior.proposals.floor - 1e-4
+    # Under the proposal there is nothing to reweight: the two differ by its density, where it is known.
+    under = posterior.under_proposal().log_prob(draws[:50], observed) - posterior.log_prob(draws[:50], observed)
+    ratio = proposal.log_prob(draws[:50]) - linear.prior.log_prob(draws[:50])
+    np.testing.assert_allclose(under, ratio, rtol=1e-4, atol=1e-4)
     far = proposal.loc + proposal.root @ jnp.asarray([20.0, 0.0])
     assert np.isneginf(posterior.log_prob(far, observed))
     assert np.isfinite(posterior.log_prob(proposal.loc, observed))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
-from diffsbi.inference.posterior import DensityPosterior, log_prob_of, sample_of, within_support
+from diffsbi.inference.posterior import DensityPosterior, Posterior, log_prob_of, sample_of, within_support
 from diffsbi.inference.proposals import Proposals
 
 _BLOCK = 20_000
@@ -42,6 +42,10 @@ class ReweightedPosterior(DensityPosterior):
         keys = jax.random.split(check_key(key), max(1, data.size // self.x_dim))
         draws = [self._sample_one(k, n, one) for k, one in zip(keys, data.reshape(-1, self.x_dim), strict=True)]
         return jnp.stack(draws, 1).reshape(n, *data.shape[:-1], self.prior.dim)
+
+    def under_proposal(self) -> Posterior:
+        r"""q itself, the posterior with $\tilde p$ for a prior: what is calibrated on simulations from $\tilde p$."""
+        return Posterior(self.prior, self.members, self.histories, self.config_json, self.default_x)
 
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         """The log-posterior up to a constant for each x, shape `(*n,)`; −inf outside the prior's support."""
