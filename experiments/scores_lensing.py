@@ -70,7 +70,7 @@ PRESETS = {
     ),
     "paper": Config(),
     "prior": Config(proposal="prior", seeds=3),
-    # 64² without white scores and from 400 draws at most: an hour.
+    # 64² with the quiet scores alone, up to 400 simulations.
     "short": Config(n=(50, 100, 200, 400), n_scored=400, scores=(("whitened", 4),), n_reference=8000),
     # The full configuration; the sizes past the scored ones tell how many simulations without scores it takes.
     "large": Config(
