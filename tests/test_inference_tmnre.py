@@ -27,7 +27,7 @@ def test_marginals_are_the_exact_ones(linear, done):
     assert out.marginals == (("theta_1",), ("theta_2",), ("theta_1", "theta_2")) and out.simulations == 400
     for group in out.marginals:
         index = [linear.names.index(name) for name in group]
-        draws, width = np.asarray(out[group].sample(jax.random.key(3), 2000)), np.sqrt(np.diag(covariance))[index]
+        draws, width = np.asarray(out[group].sample(jax.random.key(3), 8000)), np.sqrt(np.diag(covariance))[index]
         np.testing.assert_allclose((draws.mean(0) - mean[jnp.asarray(index)]) / width, 0.0, atol=0.2)
         np.testing.assert_allclose(draws.std(0) / width, 1.0, atol=0.15)
     assert np.sign(np.cov(draws.T)[0, 1]) == np.sign(covariance[0, 1])
