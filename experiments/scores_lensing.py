@@ -121,7 +121,8 @@ def main(cfg: Config, out: Path) -> None:
             write_json(path, _distances(theta, references, sim.names, seed))
         rows.append(read_json(path) | dict(estimator=name, score=_name(kind), n=n, seed=seed))
     limit = run.account("given_summaries")
-    calibration = [_calibration(cfg, out, n, kind, name) for n, kind, name in _coverage_cases(cfg)]
+    fitted = dict.fromkeys((r["n"], r["score"], r["estimator"]) for r in rows if r["n"] in cfg.coverage_n)
+    calibration = [_calibration(cfg, out, *case) for case in fitted]
     write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"], coverage=calibration))
     for value, title in (("c2st", "the full field"), ("c2st_summaries", "what the summaries hold")):
         print(f"\nC2ST against {title}, mean and standard error over {cfg.seeds} seeds")
@@ -223,19 +224,14 @@ def _at_observations(cfg: Config, posterior, proposal, many, seed: int, key, n: 
     return dict(theta=many["theta"][rows], samples=samples.swapaxes(0, 1))
 
 
-def _coverage_cases(cfg: Config):
-    cases = itertools.product(cfg.n, [None, *cfg.scores], cfg.estimators)
-    return [c for c in cases if c[0] in cfg.coverage_n and (c[1] is None or c[0] <= cfg.n_scored)]
-
-
-def _calibration(cfg: Config, out: Path, n: int, kind, name: str) -> dict:
+def _calibration(cfg: Config, out: Path, n: int, score: str, name: str) -> dict:
     """Ranks and TARP over the observations of all seeds."""
-    found = [load_npz(out / "fits" / f"{name}_{_name(kind)}_{n}_{seed}.npz") for seed in range(cfg.seeds)]
+    found = [load_npz(out / "fits" / f"{name}_{score}_{n}_{seed}.npz") for seed in range(cfg.seeds)]
     samples, theta = (np.concatenate([f[part] for f in found]) for part in ("samples", "theta"))
     ranks, ball = sbc_ranks(samples, theta), tarp(samples, theta)
     p_values = sbc_test(ranks, samples.shape[1]).tolist()
     return dict(
-        estimator=name, score=_name(kind), n=n, observations=len(theta), rank_p_values=p_values,
+        estimator=name, score=score, n=n, observations=len(theta), rank_p_values=p_values,
         tarp_p_value=ball.p_value, levels=ball.levels.tolist(), shares=ball.coverage.tolist(),
     )  # fmt: skip
 
