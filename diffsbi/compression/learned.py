@@ -1,0 +1,292 @@
+r"""Compression by a network that is trained on simulations: $x \to t(x)$, one number for each parameter."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsbi._files import write_atomically
+from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
+from diffsbi.compression.losses import LOSSES, AbstractLoss
+from diffsbi.inference.losses import likelihood_score, score_outliers
+from diffsbi.inference.proposals import Proposals
+from diffsbi.inference.standardise import ridge_regression, whitening
+from diffsbi.inference.training import History, fit, split_rows
+from diffsbi.prior import Prior
+
+SMALLEST_N = 20
+_MAGIC = b"diffsbi-compressor\n"
+_BOUND = 5.0  # of a whitened feature
+_ROWS = 64  # rows that a network takes at once, outside training
+Augment = Callable[[Key, Any], Any]
+
+
+class Compressor(eqx.Module):
+    r"""$t(x) = A c + g(c)$, $c = b \tanh(W(f(x) - \bar f) / b)$: features f of a network, A, and a small network g.
+
+    The features are whitened, and bounded by b = 5: single objects give some statistics very heavy tails. W and
+    $\bar f$ are of the untrained network and stay; A starts as the ridge regression of the parameters on c and g at
+    zero: training starts at the best linear answer that the untrained features give.
+
+    t estimates the parameters in unconstrained space, less their mean and divided by their Cholesky factor over the
+    training rows: the unit of every loss, and no unit that an estimator trained on t would need.
+    """
+
+    network: Any
+    loc: Float[Array, " f"]
+    whiten: Float[Array, "f f"]
+    linear: Float[Array, "p f"]
+    correction: eqx.nn.MLP
+    lower: Float[Array, "p p"]
+    history: History | None = None
+    n_simulations: int = eqx.field(static=True, default=0)
+
+    def __call__(self, x) -> Float[Array, " p"]:
+        """t of one data set (any arrays the network takes)."""
+        return self.features_and_summary(x)[1]
+
+    def many(self, x) -> np.ndarray:
+        """t of every row of `x`, `(n, p)`."""
+        return np.asarray(_rows_of(self, x))
+
+    def features_and_summary(self, x) -> tuple[Float[Array, " f"], Float[Array, " p"]]:
+        """(c, t) of one data set."""
+        fixed = jax.lax.stop_gradient
+        c = _bounded(fixed(self.whiten) @ (self.network(x) - fixed(self.loc)))
+        return c, self.linear @ c + self.correction(c)
+
+    def residual(self, v: Float[Array, " p"], t: Float[Array, " p"]) -> Float[Array, " p"]:
+        """$e = L^{-1} (v - t)$."""
+        return jax.scipy.linalg.solve_triangular(jax.lax.stop_gradient(self.lower), v - t, lower=True)
+
+    def score_of_residual(self, score: Float[Array, " p"]) -> Float[Array, " p"]:
+        r"""$\nabla_e = L^T \nabla_v$ at fixed data."""
+        return jax.lax.stop_gradient(self.lower).T @ score
+
+    def save(self, path) -> None:
+        """Write the arrays with a checksum; `load_compressor` reads them into a network of the same architecture."""
+        buffer = io.BytesIO()
+        bare = dataclasses.replace(self, history=None)
+        eqx.tree_serialise_leaves(buffer, bare)
+        payload = buffer.getvalue()
+        header = {"shapes": _shapes(bare), "bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+        header |= {"features": len(self.loc), "parameters": len(self.lower), "n_simulations": self.n_simulations}
+        write_atomically(Path(path), _MAGIC + json.dumps(header).encode() + b"\n" + payload)
+
+
+def load_compressor(path, network) -> Compressor:
+    """Read what `Compressor.save` wrote, into a `network` of the architecture that was saved (any weights).
+
+    Raises:
+        ValueError: For another kind of file, a damaged one, or another architecture, naming the first difference.
+    """
+    content = Path(path).read_bytes()
+    if not content.startswith(_MAGIC):
+        raise ValueError(f"Expected a diffsbi compressor in {path}; it starts with {content[:18]!r}.")
+    line, _, payload = content[len(_MAGIC) :].partition(b"\n")
+    try:
+        header = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Expected a complete header in {path}; the file is truncated or damaged.") from error
+    if len(payload) != header["bytes"] or hashlib.sha256(payload).hexdigest() != header["sha256"]:
+        raise ValueError(f"Expected {header['bytes']} undamaged bytes of arrays in {path}; got {len(payload)}.")
+    like = _empty(jax.random.key(0), network, header["features"], header["parameters"])
+    differing = [f"{a} in the file, {b} here" for a, b in zip(header["shapes"], _shapes(like), strict=False) if a != b]
+    if differing or len(header["shapes"]) != len(_shapes(like)):
+        first = differing[0] if differing else f"{len(header['shapes'])} arrays in the file, {len(_shapes(like))} here"
+        raise ValueError(f"Expected the architecture that was saved in {path}; they differ: {first}.")
+    loaded = eqx.tree_deserialise_leaves(io.BytesIO(payload), like)
+    return dataclasses.replace(loaded, n_simulations=header["n_simulations"])
+
+
+def fit_compressor(
+    key: Key,
+    network,
+    theta: Float[Array, "n p"],
+    x,
+    score: Float[Array, "n p"] | None = None,
+    *,
+    prior,
+    proposal=None,
+    loss: str | AbstractLoss = "vmim",
+    augment: Augment | None = None,
+    validation: tuple | None = None,
+    validation_fraction: float = 0.1,
+    width: int = 64,
+    max_epochs: int = 100,
+    batch_size: int = 64,
+    patience: int = 20,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1.0,
+    progress: bool = False,
+) -> Compressor:
+    r"""Train `network` to compress x to one number for each parameter.
+
+    Args:
+        key: Split, initial weights of the heads, order of the rows, augmentation.
+        network: Any Equinox module, row of x → features `(f,)`. One with `adapted(x)` (`MapNetwork`) is scaled to
+            the data first.
+        theta: Parameters.
+        x: Data: an array with a leading n, or any pytree of such.
+        score: $\nabla_\theta \log p(x, z | \theta)$ without the prior's; used by "vmim" and "score".
+        prior: A `Prior`, or anything with one.
+        proposal: What theta was drawn from, None for the prior: the summary is then best for posteriors under it.
+        loss: A name in `LOSSES`, or an `AbstractLoss`.
+        augment: (key, row of x) → a row as likely at every theta (`torus_symmetry`); drawn anew at every step.
+        validation: (theta, x) or (theta, x, score) of rows to stop by; by default a part of the training rows.
+        validation_fraction: That part.
+        width: Hidden units of the head g.
+        max_epochs, batch_size, patience, learning_rate, weight_decay, progress: Of `inference.training.fit`.
+
+    Raises:
+        ValueError: Wrong shapes, values that are not finite, fewer than 20 rows, validation rows that are training
+            rows, a loss that needs scores without them.
+    """
+    check_key(key)
+    prior = prior if isinstance(prior, Prior) else prior.prior
+    if isinstance(loss, str):
+        check_names([loss], list(LOSSES), "loss")
+        loss = LOSSES[loss]
+    rows = _checked(prior, proposal, theta, x, score)
+    n = len(rows["u"])
+    if n < SMALLEST_N:
+        raise ValueError(f"Expected at least {SMALLEST_N} simulations to compress from; got {n}.")
+    key_split, key_head, key_fit = jax.random.split(key, 3)
+    if validation is None:
+        train, held_out = (_take(rows, i) for i in split_rows(key_split, n, validation_fraction))
+    else:
+        train, held_out = rows, _checked(prior, proposal, *validation)
+        _refuse_equal(train["u"], held_out["u"])
+    if hasattr(network, "adapted"):
+        network = network.adapted(jax.tree.map(lambda a: jnp.asarray(a[:128]), train["x"]))
+    key_loss, key_correction = jax.random.split(key_head)
+    compressor, train, held_out = _linear_start(key_correction, network, train, held_out, width)
+    extra = loss.head(key_loss, len(compressor.loc), train)
+    train = {name: value for name, value in train.items() if name in held_out}
+    objective = _Objective(loss, augment)
+    options: dict[str, Any] = dict(
+        max_epochs=max_epochs, batch_size=batch_size, patience=patience, learning_rate=learning_rate,
+        weight_decay=weight_decay, progress=progress,
+    )  # fmt: skip
+    (compressor, _), history = fit(key_fit, (compressor, extra), train, held_out, objective, **options)
+    count = n + (0 if validation is None else len(held_out["v"]))
+    return dataclasses.replace(compressor, history=history, n_simulations=count)
+
+
+class _Objective(eqx.Module):
+    """A loss for the training loop: rows augmented, then the loss's own mean."""
+
+    loss: AbstractLoss
+    augment: Augment | None = eqx.field(static=True)
+
+    def __call__(self, params, static, batch, key):
+        compressor, head = eqx.combine(params, static)
+        if self.augment is not None:
+            batch = batch | {"x": jax.vmap(self.augment)(jax.random.split(key, len(batch["v"])), batch["x"])}
+        return self.loss(compressor, head, batch)
+
+
+def _checked(prior: Prior, proposal, theta, x, score=None) -> dict[str, Any]:
+    """Rows in unconstrained space, on the host."""
+    theta = np.asarray(theta)
+    if theta.ndim != 2 or theta.shape[1] != prior.dim:
+        raise ValueError(f"Expected theta with shape (n, {prior.dim}) for {list(prior.names)}; got {theta.shape}.")
+    x = jax.tree.map(np.asarray, x)
+    for leaf in jax.tree.leaves(x):
+        if leaf.shape[:1] != theta.shape[:1]:
+            raise ValueError(f"Expected x with {len(theta)} rows, as theta; got an array of shape {leaf.shape}.")
+        check_finite("x", leaf)
+    check_finite("theta", theta)
+    prior.check(theta)
+    rows = {"u": np.asarray(prior.to_unconstrained(jnp.asarray(theta))), "x": x}
+    if score is not None:
+        score = np.asarray(score)
+        if score.shape != theta.shape:
+            raise ValueError(f"Expected score with shape {theta.shape}, as theta; got {score.shape}.")
+        check_finite("score", score)
+        components, fractions = (proposal,), (1.0,)
+        of_prior = Proposals(prior, components, fractions).score(jnp.asarray(theta))
+        rows["score"] = np.asarray(likelihood_score(prior, theta, score) + of_prior)
+        rows["use"] = 1.0 - score_outliers(rows["score"]).astype(rows["u"].dtype)
+    return rows
+
+
+def _take(rows: dict[str, Any], index: np.ndarray) -> dict[str, Any]:
+    return jax.tree.map(lambda a: a[index], rows)
+
+
+def _refuse_equal(train: np.ndarray, held_out: np.ndarray) -> None:
+    known = {row.tobytes() for row in train}
+    shared = sum(row.tobytes() in known for row in held_out)
+    if shared:
+        raise ValueError(
+            f"Expected validation rows that are not training rows; {shared} of {len(held_out)} have the same theta."
+        )
+
+
+def _linear_start(key, network, train, held_out, width) -> tuple[Compressor, dict, dict]:
+    """The compressor before training, and the rows in its units, with what it leaves of them."""
+    u_loc, root = train["u"].mean(0), np.linalg.cholesky(np.cov(train["u"].T).reshape((train["u"].shape[1],) * 2))
+    features = np.asarray(_rows_of(network, train["x"]), float)
+    if features.ndim != 2:
+        raise ValueError(f"Expected a network that gives features (f,) for a row of x; got {features.shape[1:]}.")
+    check_finite("the network's features", features)
+    loc, whiten = whitening(_without_tails(features))
+    v = np.linalg.solve(root, (train["u"] - u_loc).T).T
+    c = np.asarray(_bounded((features - loc) @ whiten.T))
+    linear, left = ridge_regression(c, v)
+    lower = np.linalg.cholesky(left.T @ left / len(v) + 1e-9 * np.eye(v.shape[1]))
+    made = _empty(key, network, len(loc), v.shape[1], width)
+    arrays = (jnp.asarray(a, jnp.result_type(float)) for a in (loc, whiten, linear, lower))
+    compressor = eqx.tree_at(lambda c: (c.loc, c.whiten, c.linear, c.lower), made, tuple(arrays))
+
+    def moved(rows):
+        v = np.linalg.solve(root, (rows["u"] - u_loc).T).T
+        moved = {"v": jnp.asarray(v, jnp.result_type(float)), "x": jax.tree.map(jnp.asarray, rows["x"])}
+        if "score" in rows:
+            moved |= {"score": jnp.asarray(rows["score"] @ root, jnp.result_type(float)), "use": rows["use"]}
+        return moved
+
+    train, held_out = moved(train), moved(held_out)
+    train["e"] = jnp.asarray(np.linalg.solve(lower, left.T).T, jnp.result_type(float))
+    if "score" in train:
+        train["score_of_e"] = train["score"] @ compressor.lower
+    return compressor, train, held_out
+
+
+def _without_tails(features: np.ndarray) -> np.ndarray:
+    """Columns clipped at `_BOUND` robust standard deviations: one row in a hundred may not decide the covariance."""
+    centre = np.median(features, axis=0)
+    scale = 1.4826 * np.median(np.abs(features - centre), axis=0)
+    scale = np.where(scale > 0, scale, np.inf)
+    return np.clip(features, centre - _BOUND * scale, centre + _BOUND * scale)
+
+
+def _bounded(c):
+    return _BOUND * jnp.tanh(c / _BOUND)
+
+
+def _empty(key: Key, network, n_features: int, dim: int, width: int = 64) -> Compressor:
+    correction = eqx.nn.MLP(n_features, dim, width, 1, activation=jax.nn.silu, key=key)
+    last = lambda n: (n.layers[-1].weight, n.layers[-1].bias)  # noqa: E731
+    correction = eqx.tree_at(last, correction, replace_fn=jnp.zeros_like)
+    zeros = (jnp.zeros(n_features), jnp.eye(n_features), jnp.zeros((dim, n_features)))
+    return Compressor(network, *zeros, correction, jnp.eye(dim))
+
+
+def _shapes(tree) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_array))
+    return [f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
+
+
+@eqx.filter_jit
+def _rows_of(function, x):
+    return jax.lax.map(function, jax.tree.map(jnp.asarray, x), batch_size=_ROWS)

@@ -1,0 +1,219 @@
+"""Trained compressions against the exact posterior of data whose summary is known, and their mistakes."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+
+import diffsbi as ds
+from diffsbi.compression import (
+    LOSSES,
+    LatentScores,
+    MapNetwork,
+    ResidualNetwork,
+    fit_compressor,
+    load_compressor,
+    square_symmetry,
+    torus_symmetry,
+)
+
+N = 600
+
+
+class Scale(ds.AbstractSimulator):
+    """Twelve numbers about one mean with a latent each: all that is known of theta is in mean and mean square."""
+
+    prior: ds.Prior = ds.Prior({"mean": dist.Normal(0.0, 1.0), "log_scale": dist.Normal(0.0, 0.4)})
+
+    def latents(self, theta):
+        return dist.Normal(jnp.zeros(12), 1.0).to_event(1)
+
+    def likelihood(self, theta, z):
+        return dist.Normal(theta[0] + 0.5 * jnp.exp(theta[1]) * z, 0.5 * jnp.exp(theta[1])).to_event(1)
+
+
+class Moments(eqx.Module):
+    """A network whose features hold the sufficient statistics."""
+
+    hidden: eqx.nn.Linear
+
+    def __call__(self, x):
+        return jnp.mean(jax.vmap(lambda one: jax.nn.silu(self.hidden(one[None])))(x), 0)
+
+
+@pytest.fixture(scope="module")
+def simulations():
+    sim = Scale()
+    return sim, sim.draw(jax.random.key(0), N), sim.draw(jax.random.key(1), 400, with_score=False)
+
+
+def network(width=16):
+    made = Moments(eqx.nn.Linear(1, width, key=jax.random.key(2)))
+    return eqx.tree_at(lambda m: m.hidden.weight, made, 3 * made.hidden.weight)
+
+
+@pytest.fixture(scope="module")
+def compressors(simulations):
+    sim, draws, _ = simulations
+    options = dict(prior=sim, max_epochs=15, batch_size=50, learning_rate=3e-3)
+    return {
+        loss: fit_compressor(jax.random.key(3), network(), draws.theta, draws.x, draws.score, loss=loss, **options)
+        for loss in LOSSES
+    }
+
+
+def residuals(t, theta):
+    """What a quadratic regression of theta on t leaves."""
+    columns = np.c_[np.ones(len(t)), t, t**2, t[:, :1] * t[:, 1:]]
+    return theta - columns @ np.linalg.lstsq(columns, theta, rcond=None)[0]
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_little_is_lost(simulations, compressors, loss):
+    _, _, test = simulations
+    theta = np.asarray(test.theta)
+    left = residuals(compressors[loss].many(test.x), theta)
+    x = np.asarray(test.x)
+    exact = residuals(np.c_[x.mean(1), np.log(x.std(1))], theta)
+    # Paired over the same 400 rows: the ratio's standard error is a few per cent.
+    ratio = (left**2).mean(0) / (exact**2).mean(0)
+    assert np.all(ratio < 1.2), ratio
+    assert np.all(ratio > 0.8), ratio
+
+
+def test_a_summary_that_loses_is_seen(simulations):
+    _, _, test = simulations
+    theta, x = np.asarray(test.theta), np.asarray(test.x)
+    lost = residuals(np.c_[x.mean(1), x[:, 0]], theta)
+    exact = residuals(np.c_[x.mean(1), np.log(x.std(1))], theta)
+    assert (lost**2).mean(0)[1] > 1.5 * (exact**2).mean(0)[1]
+
+
+def test_training_starts_at_the_linear_answer_and_improves(compressors):
+    for loss, compressor in compressors.items():
+        history = compressor.history
+        assert history.best_validation < history.first_validation, loss
+        assert compressor.n_simulations == N
+
+
+def test_it_comes_back_from_its_file(compressors, simulations, tmp_path):
+    _, _, test = simulations
+    compressor, path = compressors["mse"], tmp_path / "compressor"
+    compressor.save(path)
+    loaded = load_compressor(path, network())
+    np.testing.assert_array_equal(loaded.many(test.x), compressor.many(test.x))
+    assert loaded.n_simulations == N
+    with pytest.raises(ValueError, match="Expected the architecture that was saved .*hidden.weight"):
+        load_compressor(path, network(8))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="undamaged"):
+        load_compressor(path, network())
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="Expected a diffsbi compressor"):
+        load_compressor(path, network())
+
+
+def test_mistakes_are_told(simulations):
+    sim, draws, _ = simulations
+    theta, x = np.asarray(draws.theta), np.asarray(draws.x)
+
+    def run(theta=theta, x=x, score=None, **options):
+        return fit_compressor(jax.random.key(0), network(), theta, x, score, prior=sim, **options)
+
+    with pytest.raises(ValueError, match=r"Expected theta with shape \(n, 2\)"):
+        run(theta[:, :1])
+    with pytest.raises(ValueError, match="Expected x with 600 rows"):
+        run(x=x[:-1])
+    with pytest.raises(ValueError, match="Expected finite x; got 1 non-finite"):
+        run(x=np.where(np.arange(x.size).reshape(x.shape) == 5, np.nan, x))
+    with pytest.raises(ValueError, match="at least 20 simulations"):
+        run(theta[:19], x[:19])
+    with pytest.raises(ValueError, match="Expected scores for score regression"):
+        run(loss="score")
+    with pytest.raises(ValueError, match="Expected score with shape"):
+        run(score=np.asarray(draws.score)[:, :1])
+    with pytest.raises(ValueError, match="Unknown loss 'mes'.*mse"):
+        run(loss="mes")
+    with pytest.raises(ValueError, match="not training rows; 100 of 100"):
+        run(validation=(theta[:100], x[:100]))
+
+
+def test_features_of_maps_do_not_change_with_shifts(x64):
+    x = jax.random.normal(jax.random.key(0), (3, 16, 16))
+    made = MapNetwork(jax.random.key(1), 3, (4, 6, 8))
+    assert made(x).shape == (18,)
+    np.testing.assert_allclose(made(jnp.roll(x, (4, 8), (1, 2))), made(x), rtol=1e-9)
+    with pytest.raises(ValueError, match=r"Expected a map of shape \(3, n, n\) with n a multiple of 4"):
+        made(x[:2])
+    residual = ResidualNetwork(jax.random.key(1), 3, width=4, levels=2, blocks=1)
+    assert residual(x).shape == (8,)
+    np.testing.assert_allclose(residual(jnp.roll(x, (4, 8), (1, 2))), residual(x), rtol=1e-9)
+
+
+def test_adapted_networks_have_unit_variance_in_any_unit(x64):
+    x = 1e-3 * jax.random.normal(jax.random.key(0), (40, 3, 16, 16)) + 5e-3
+    made = MapNetwork(jax.random.key(1), 3, (4, 6)).adapted(x)
+    first = jax.vmap(made.convolutions[0])(x)
+    np.testing.assert_allclose(jnp.mean(first, (0, 2, 3)), 0, atol=1e-9)
+    np.testing.assert_allclose(jnp.std(first, (0, 2, 3)), 1, rtol=1e-9)
+    scaled = MapNetwork(jax.random.key(1), 3, (4, 6)).adapted(7 * x)
+    np.testing.assert_allclose(scaled(7 * x[0]), made(x[0]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("symmetry", [torus_symmetry, square_symmetry])
+def test_symmetries_keep_the_power_and_reach_every_orientation(symmetry, x64):
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8))
+    moved = jax.vmap(symmetry, (0, None))(jax.random.split(jax.random.key(1), 200), x)
+    np.testing.assert_allclose(jnp.sum(moved**2, (1, 2, 3)), jnp.sum(x**2), rtol=1e-9)
+    np.testing.assert_allclose(jnp.sum(moved[:, 0] * moved[:, 1], (1, 2)), jnp.sum(x[0] * x[1]), rtol=1e-9)
+    distinct = len({np.asarray(m).tobytes() for m in moved})
+    assert distinct == 8 if symmetry is square_symmetry else distinct > 150
+
+
+def test_scores_of_a_shifted_map_are_its_own(x64):
+    """Why augmentation may keep the rows' scores: the joint of shifted latents and data is the same."""
+    sim = ds.lsst_y10(n_pix=16, side_deg=1.25)
+    theta, z, x = sim.draw_one(jax.random.key(0), sim.fiducial)
+    shift = lambda a: jnp.roll(a, (3, 5), (1, 2))  # noqa: E731
+    np.testing.assert_allclose(sim.score(theta, shift(z), shift(x)), sim.score(theta, z, x), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def small_survey():
+    return ds.lsst_y10(n_pix=16, side_deg=2.0)
+
+
+def test_latent_scores_of_a_gaussian_are_its_marginal_score(linear, x64):
+    """There every latent in the whitened coordinate has the marginal score, without noise."""
+    theta, x = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, -1.0, 0.2, 1.5])
+    scores = LatentScores(linear, theta, rates=(0.5, 0.5))(x).reshape(3, 2)
+    exact = linear.marginal_score(theta, x)
+    np.testing.assert_allclose(scores, jnp.broadcast_to(exact, (3, 2)), rtol=1e-8)
+
+
+def test_latent_scores_are_joint_scores_at_their_latents(small_survey):
+    """By the simulator's own score: at the origin, and after a step of the joint's own gradient."""
+    sim = small_survey
+    theta, _, x = sim.draw_one(jax.random.key(0), sim.fiducial)
+    transport, state = sim.transport("whitened"), sim.setup(theta)
+    origin = jnp.zeros(x.shape)
+    slope = jax.grad(lambda xi: sim.log_conditional(theta, xi, x, latents="whitened"))(origin)
+    exact = [
+        sim.score(theta, transport.to_latents(state, xi, x)[0], x, latents="whitened") for xi in (origin, 0.1 * slope)
+    ]
+    scores = LatentScores(sim, theta, rates=(0.1,))
+    np.testing.assert_allclose(scores(x).reshape(2, -1), jnp.stack(exact), rtol=2e-3)
+    np.testing.assert_allclose(scores.many(x[None])[0], scores(x), rtol=1e-4)
+
+
+def test_wrong_points_and_rates_are_told(small_survey):
+    sim = small_survey
+    with pytest.raises(ValueError, match="Expected rates between 0 and 2"):
+        LatentScores(sim, rates=(2.5,))
+    with pytest.raises(ValueError, match="theta0 with trailing shape"):
+        LatentScores(sim, jnp.zeros(5))
+    with pytest.raises(ValueError, match="Unknown latent coordinate"):
+        LatentScores(sim, latents="whitend")
