@@ -1,11 +1,13 @@
 """How many simulations do scores save on lensing maps? NPE and NLE, without scores and with scores of less noise.
 
 One simulated LSST-Y10 map; every posterior is compared with the converged full-field chain of that map by C2ST. Maps
-are compressed to a number for each parameter (score compression at the fiducial), which loses information: no posterior
-given these numbers comes nearer to the full field's than that allows. So every posterior is also compared with what the
-numbers themselves say, as NLE learns it from `n_reference` simulations without scores (there is no exact answer).
-Parameters are drawn from the prior, or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed
-has simulations of its own; those of a smaller N are the first ones of a larger.
+are compressed to a number for each parameter, which loses information: no posterior given these numbers comes nearer to
+the full field's than that allows. The numbers are spectra, moments and peaks by score compression at the fiducial
+(`summary="statistics"`), or, without any simulation, the score at the proposal's centre and at the latents that two
+gradients find (`"latent_scores"`). So every posterior is also compared with what the numbers themselves say, as NLE
+learns it from `n_reference` simulations without scores (there is no exact answer). Parameters are drawn from the prior,
+or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed has simulations of its own; those of a
+smaller N are the first ones of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
 shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal.
@@ -22,6 +24,7 @@ import numpy as np
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
+from diffsbi.compression import LatentScores
 from diffsbi.diagnostics import c2st, compare_moments, sbc_ranks, sbc_test, tarp
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.runs import start_run
@@ -36,12 +39,13 @@ STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "su
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`scores`: latent coordinate and number of averaged draws of each kind of score.
+    """`summary`: "statistics" or "latent_scores"; `scores`: latent coordinate and averaged draws of each kind of score.
 
     The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
     """
 
     n_pix: int = 64
+    summary: str = "statistics"
     proposal: str = "spectrum"
     widen: float = 1.25
     n: tuple[int, ...] = (25, 50, 100, 200, 400, 600, 1000, 2000)
@@ -65,13 +69,17 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        16, n=(20,), n_scored=20, seeds=1, scores=(("whitened", 2),), n_covariance=50, n_derivative=5, n_reference=100,
+        16, "latent_scores", n=(20,), n_scored=20, seeds=1, scores=(("whitened", 2),), n_reference=100,
         coverage_n=(20,), n_coverage=20, n_samples=200, members=1, ess=20, n_warmup=60, n_draws=60, n_chains=2,
     ),
     "paper": Config(),
     "prior": Config(proposal="prior", seeds=3),
     # 64² with the quiet scores alone, up to 400 simulations.
     "short": Config(n=(50, 100, 200, 400), n_scored=400, scores=(("whitened", 4),), n_reference=8000),
+    # 64², compressed by gradients alone: no simulation but those of the fits.
+    "latent_scores": Config(
+        summary="latent_scores", n=(25, 50, 100, 200, 400), n_scored=400, n_reference=4000, coverage_n=(100,)
+    ),
     # The full configuration; the sizes past the scored ones tell how many simulations without scores it takes.
     "large": Config(
         256, n=(50, 100, 200, 400, 1000, 2000), n_scored=200, seeds=4, ess=1000.0, n_reference=8000, members=2
@@ -83,6 +91,8 @@ def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `distances.json`, print the table."""
     if cfg.proposal not in ("prior", "spectrum"):
         raise ValueError(f"Expected proposal 'prior' or 'spectrum'; got {cfg.proposal!r}.")
+    if cfg.summary not in ("statistics", "latent_scores"):
+        raise ValueError(f"Expected summary 'statistics' or 'latent_scores'; got {cfg.summary!r}.")
     sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
     run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
     x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
@@ -92,15 +102,8 @@ def main(cfg: Config, out: Path) -> None:
     if cfg.proposal == "spectrum":
         run.once("spectrum", lambda folder: _spectrum(cfg, sim, x, run, folder))
         proposal = ds.gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
-    statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
-    sizes = (cfg.n_covariance, cfg.n_derivative)
-    run.once("compression", lambda folder: compress(sim, statistics, run.key("compression"), folder, *sizes))
-    compression = summaries.ScoreCompression.load(run.path("compression", "compression.npz"))
-    observed = compression(statistics(jnp.asarray(x)))
-
-    def summary(x):
-        return compression(statistics(x))
-
+    summary = _summary(cfg, sim, proposal, run)
+    observed = summary(jnp.asarray(x))
     run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
     run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
     pool, many = load_npz(run.path("simulations", "pool.npz")), load_npz(run.path("summaries", "pool.npz"))
@@ -151,6 +154,19 @@ def _spectrum(cfg: Config, sim, x, run, folder: Path) -> dict:
     chains = power_spectrum_posterior(sim, x, run.key("spectrum"), progress=True)
     chains.save(folder)
     return {}
+
+
+def _summary(cfg: Config, sim, proposal, run):
+    """The function of one map that all posteriors are given."""
+    if cfg.summary == "latent_scores":
+        centre = sim.fiducial if proposal is None else sim.prior.from_unconstrained(proposal.loc)
+        scores = LatentScores(sim, centre, rates=(0.1,))
+        return lambda x: scores(x)[-sim.prior.dim :]
+    statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
+    sizes = (cfg.n_covariance, cfg.n_derivative)
+    run.once("compression", lambda folder: compress(sim, statistics, run.key("compression"), folder, *sizes))
+    compression = summaries.ScoreCompression.load(run.path("compression", "compression.npz"))
+    return lambda x: compression(statistics(x))
 
 
 def _simulate(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
