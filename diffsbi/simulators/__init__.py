@@ -5,6 +5,7 @@ from diffsbi.simulators.laplace import Laplace
 from diffsbi.simulators.lensing import LensingMaps, lsst_y10
 from diffsbi.simulators.linear_gaussian import linear_gaussian
 from diffsbi.simulators.lotka_volterra import lotka_volterra
+from diffsbi.simulators.renewal import fresh_noise
 from diffsbi.simulators.two_moons import two_moons
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Identity",
     "Laplace",
     "LensingMaps",
+    "fresh_noise",
     "linear_gaussian",
     "lotka_volterra",
     "lsst_y10",
