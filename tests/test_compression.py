@@ -57,7 +57,7 @@ def network(width=16):
 @pytest.fixture(scope="module")
 def compressors(simulations):
     sim, draws, _ = simulations
-    options = dict(prior=sim, max_epochs=15, batch_size=50, learning_rate=3e-3)
+    options = dict(prior=sim, max_epochs=80, batch_size=100, learning_rate=3e-3)
     return {
         loss: fit_compressor(jax.random.key(3), network(), draws.theta, draws.x, draws.score, loss=loss, **options)
         for loss in LOSSES
