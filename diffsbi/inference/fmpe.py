@@ -1,5 +1,6 @@
 r"""Flow-matching posterior estimation: regression of the velocity of a continuous flow, on scores too."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import numpy as np
 from diffsbi._types import Array, Float, Key
 from diffsbi.inference.losses import ScoredDensity, Start, first_noise, mean_nll, noise_level
 from diffsbi.inference.npe import NPE
+from diffsbi.inference.streams import first_of, moved
 from diffsbi.inference.training import schedule
 
 _DRAWS = 8  # angles and noises per row and step
@@ -138,19 +140,20 @@ class FMPE(NPE):
     def _begin(self, keys, standardiser, data, validation, held_out, options):
         key_density, key_linear = keys
         key_linear, key_level, key_noise = jax.random.split(key_linear, 3)
-        p, d = data["v"].shape[1], data["c"].shape[1]
+        p, d = validation["v"].shape[1], validation["c"].shape[1]
         density = self._density(key_density, p, d)
         flow, affine = density.base_dist, density.bijection
         weight = None if isinstance(self.score_weight, str) else self.score_weight
         if weight is not None:
-            weight = jnp.broadcast_to(jnp.asarray(weight, data["v"].dtype), (p,))
+            weight = jnp.broadcast_to(jnp.asarray(weight, validation["v"].dtype), (p,))
         loss, model = FlowMatching(float(np.arctan(1 / self.sigma_min)), weight), ScoredDensity(flow)
-        if "score" in data:
-            by_likelihood = self._loss(data, None, mean_nll)
+        if "score" in validation:
+            by_likelihood = self._loss(validation, None, mean_nll)
             affine = self._linear_start(key_linear, density, data, validation, by_likelihood, options).density.bijection
-            data, validation = (_without(affine, rows) for rows in (data, validation))
+            data, validation = (moved(rows, functools.partial(_without, affine)) for rows in (data, validation))
             if weight is None:
-                model = ScoredDensity(flow, first_noise(data["score"] + data["v"]), noise_level(key_level, p + 1, d))
+                first = first_of(data)
+                model = ScoredDensity(flow, first_noise(first["score"] + first["v"]), noise_level(key_level, p + 1, d))
         angle, noise = loss.draw(key_noise, validation["v"], _HELD_OUT_DRAWS)
         validation = validation | {"angle": angle, "noise": noise}
         return Start(standardiser, model, data, validation, loss, held_out, affine)
