@@ -84,7 +84,8 @@ class FMPE(NPE):
 
     $\varphi$ uniform, is the squared error of that combination with its precision, but for what f does not enter.
     Without scores it is the first term: exactly conditional flow matching with t uniform. With scores, the linear part
-    of the posterior is fitted first (by likelihood and score, as `NPE`) and kept.
+    of the posterior is fitted first (by likelihood and score, as `NPE`) and kept; rows kept aside are judged by the
+    first term alone, the weights of which are known: the histories' validation loss is that, the training loss both.
 
     Densities and draws solve the flow. Proposals other than the prior are reweighted, as `NPE`'s "reweight".
 
@@ -129,11 +130,12 @@ class FMPE(NPE):
     ):
         """As `Estimator.fit`, for a regression of which the targets are mostly noise.
 
-        Steps are longer, the patience is that of about 1 000 of them, and there is little weight decay: against such
-        gradients the usual one would win.
+        Steps are longer, the patience is that of about 1 000 of them (2 000 with scores, whose gradients are the
+        larger and the noisier), and there is little weight decay: against such gradients the usual one would win.
         """
         batch_size = schedule(max(1, len(self)), None, batch_size, None)["batch_size"]
-        patience = patience or max(20, 1000 * batch_size // max(1, len(self)))
+        steps = 2000 if self._with_score() else 1000
+        patience = patience or max(20, steps * batch_size // max(1, len(self)))
         options = {"patience": patience, "learning_rate": learning_rate, "weight_decay": weight_decay}
         return super().fit(key, batch_size=batch_size, **options, **settings)
 
@@ -155,7 +157,8 @@ class FMPE(NPE):
                 first = first_of(data)
                 model = ScoredDensity(flow, first_noise(first["score"] + first["v"]), noise_level(key_level, p + 1, d))
         angle, noise = loss.draw(key_noise, validation["v"], _HELD_OUT_DRAWS)
-        validation = validation | {"angle": angle, "noise": noise}
+        # The noise model of the scores overfits long before the field has learned: it must not decide when to stop.
+        validation = {"v": validation["v"], "c": validation["c"], "angle": angle, "noise": noise}
         return Start(standardiser, model, data, validation, loss, held_out, affine)
 
 
