@@ -244,8 +244,10 @@ class Estimator(abc.ABC, Generic[Fitted]):
 
     def _score_warnings(self, theta, x, score) -> list[str]:
         theta, score = (jnp.asarray(a, jnp.result_type(float)) for a in (theta, score))
-        scores = likelihood_score(self.prior, theta, score), prior_score(self.prior, theta)
-        return score_warnings(self.prior.names, self.prior.to_unconstrained(theta), x, *scores)
+        u, own = self.prior.to_unconstrained(theta), likelihood_score(self.prior, theta, score)
+        check_finite("u in unconstrained space", u)
+        check_finite("score in unconstrained space", own)
+        return score_warnings(self.prior.names, u, x, own, prior_score(self.prior, theta))
 
     def _smooth(self) -> bool:
         return not isinstance(self.density, str) or is_smooth(self.density)
