@@ -12,10 +12,11 @@ import zarr
 from tqdm.auto import tqdm
 
 from diffsbi._files import differences, explain_full_disk, read_json, write_json
+from diffsbi._types import check_names
 
 FORMAT = {"format": "diffsbi simulations", "version": 1}
 
-__all__ = ["Block", "SimulationStore", "create_store", "open_store"]
+__all__ = ["Block", "SimulationStore", "StoredArray", "create_store", "open_store"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,11 @@ class SimulationStore:
         for block in self.blocks:
             yield self.read(block, names)
 
+    def __getitem__(self, name: str) -> "StoredArray":
+        """All rows of one array, read from disk where they are sliced: what `Estimator.append` takes."""
+        check_names([name], list(self.header["arrays"]), "array")
+        return StoredArray(self, name)
+
     def load(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """All rows of the named arrays (or of all arrays)."""
         blocks = list(self.iterate(names))
@@ -140,6 +146,36 @@ class SimulationStore:
 
     def _marker(self, block: Block) -> Path:
         return self.folder / "blocks" / f"{block.index:06d}.json"
+
+
+class StoredArray:
+    """One array of a store, of which slices of rows are read; a block's checksum is tested when it is first read."""
+
+    def __init__(self, store: SimulationStore, name: str):
+        self._store, self._name = store, name
+        group: Any = zarr.open_group(store.folder, mode="r")
+        self._array = group[name]
+        self._tested: set[int] = set()
+        self.shape: tuple[int, ...] = self._array.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Rows `[start, stop)`.
+
+        Raises:
+            ValueError: As `SimulationStore.read`.
+        """
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"Expected a slice of consecutive rows; got {rows}.")
+        blocks, size = self._store.blocks, self._store.header["block_size"]
+        for index in range(start // size, -(-stop // size)):
+            if index not in self._tested:
+                self._store.read(blocks[index], [self._name])
+                self._tested.add(index)
+        return self._array[start:stop]
 
 
 def create_store(

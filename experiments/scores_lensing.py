@@ -93,6 +93,7 @@ def main(cfg: Config, out: Path) -> None:
         raise ValueError(f"Expected proposal 'prior' or 'spectrum'; got {cfg.proposal!r}.")
     if cfg.summary not in ("statistics", "latent_scores"):
         raise ValueError(f"Expected summary 'statistics' or 'latent_scores'; got {cfg.summary!r}.")
+    _check_sizes(cfg)
     sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
     run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
     x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
@@ -137,6 +138,16 @@ def main(cfg: Config, out: Path) -> None:
     for case in calibration:
         ranks = " ".join(f"{p:.3f}" for p in case["rank_p_values"])
         print(f"{case['estimator']} {case['score']:12} {case['n']:6}: {case['tarp_p_value']:.3f}; {ranks}")
+
+
+def _check_sizes(cfg: Config) -> None:
+    """Fits past the scored simulations take rows from the front of the reference ones, test observations the last."""
+    trained = cfg.seeds * max(0, max(cfg.n) - cfg.n_scored)
+    if cfg.n_coverage < cfg.seeds or cfg.n_reference < trained + cfg.n_coverage:
+        raise ValueError(
+            f"Expected n_coverage >= seeds and n_reference >= {trained} simulations that {cfg.seeds} seeds train on + "
+            f"n_coverage; got n_reference={cfg.n_reference}, n_coverage={cfg.n_coverage}."
+        )
 
 
 def _name(kind: tuple[str, int] | None) -> str:

@@ -31,6 +31,7 @@ from diffsbi.inference.fmpe import FMPE
 from diffsbi.inference.losses import AbstractScoreLoss, ScoredDensity, Start
 from diffsbi.inference.nre import RatioMember
 from diffsbi.inference.posterior import FittedPosterior, Member
+from diffsbi.inference.streams import InMemory
 from diffsbi.inference.training import History, fit, schedule
 from diffsbi.sampling import Chains, nuts
 from diffsbi.sampling.chains import rhat
@@ -283,7 +284,7 @@ def _alone(posterior: FittedPosterior, k: int) -> FittedPosterior:
     return type(posterior)(**{name: getattr(posterior, name) for name in names}, **fields)
 
 
-def _checked(estimator: Estimator, key: Key, members: int, prior_scale: float) -> dict[str, np.ndarray]:
+def _checked(estimator: Estimator, key: Key, members: int, prior_scale: float) -> InMemory:
     check_key(key)
     if isinstance(estimator, FMPE):
         raise ValueError("Expected an estimator whose loss is a likelihood or a contrast; got FMPE. Use NPE or NLE.")
@@ -291,11 +292,14 @@ def _checked(estimator: Estimator, key: Key, members: int, prior_scale: float) -
         raise ValueError(f"Expected at least {SMALLEST_N} simulations to fit; got {len(estimator)}.")
     if members < 2 or not (np.isfinite(prior_scale) and prior_scale > 0):
         raise ValueError(f"Expected members >= 2 and prior_scale > 0; got {members} and {prior_scale}.")
-    return estimator._unconstrained_rows()
+    rows = estimator._unconstrained_rows()
+    if not isinstance(rows, InMemory):
+        raise ValueError(f"Expected rows that fit in memory, all in one step; {len(estimator)} are too many. Use .fit.")
+    return rows
 
 
 def _check_size(estimator: Estimator, key: Key, rows) -> None:
-    modelled, condition = estimator._roles(rows)
+    modelled, condition = estimator._roles(rows.columns)
     density = estimator._density(key, modelled.shape[1], condition.shape[1])
     size = sum(a.size for a in jax.tree.leaves(eqx.filter(density, eqx.is_inexact_array)))
     if size > MOST_WEIGHTS:

@@ -2,6 +2,7 @@
 
 import abc
 import copy
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flowjax.distributions import AbstractDistribution, StandardNormal, Transformed
 
-from diffsbi._types import Array, Key, check_finite, check_key, check_names
+from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.flows import FLOWS, is_smooth
 from diffsbi.flows.affine import ConditionalAffine, with_linear_part
 from diffsbi.inference.checks import score_warnings
@@ -29,12 +30,13 @@ from diffsbi.inference.losses import (
     mean_nll,
     noise_level,
     prior_score,
-    score_outliers,
 )
 from diffsbi.inference.posterior import Member
 from diffsbi.inference.proposals import Proposals
+from diffsbi.inference.rows import Columns, Joined, Part, checked_part, len_of, where
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
-from diffsbi.inference.training import History, fit, schedule, split_rows
+from diffsbi.inference.streams import InMemory, Stream, first_of, is_many
+from diffsbi.inference.training import History, fit, schedule
 from diffsbi.inference.weighting import validation_weights
 from diffsbi.prior import Prior
 
@@ -47,6 +49,8 @@ Fitted = TypeVar("Fitted")
 
 class Estimator(abc.ABC, Generic[Fitted]):
     r"""Collects simulations (`append` changes it and returns it) and fits conditional densities to them.
+
+    More rows than fit into memory comfortably (`diffsbi.inference.streams`) are streamed from wherever they are.
 
     What is modelled, what it is conditioned on, and in which of the two the score is taken is the subclass's; what is
     fitted is in the frozen posterior that `fit` returns.
@@ -79,13 +83,15 @@ class Estimator(abc.ABC, Generic[Fitted]):
         self.density_options = dict(density_options or {})
         self.force_scores = bool(force_scores)
         self.score_weight = _checked_weight(score_weight, self.prior.dim)
-        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, Any]] = []
+        self._rows: list[Part] = []
 
     def __len__(self) -> int:
-        return sum(len(row[0]) for row in self._rows)
+        return sum(len_of(part.theta) for part in self._rows)
 
     def append(self, theta, x, score=None, *, proposal=None, on_invalid: str = "raise") -> Self:
         r"""Add simulations and return this object.
+
+        Arrays on disk (`numpy.memmap`, zarr, `SimulationStore.__getitem__`) are checked block by block and stay there.
 
         Args:
             theta: Parameters, (n, p).
@@ -100,59 +106,29 @@ class Estimator(abc.ABC, Generic[Fitted]):
             ValueError: Wrong shapes, values that are not finite, theta outside the prior, or scores for only some
                 of the rows.
         """
-        theta, x = np.asarray(theta), np.asarray(x)
-        score = None if score is None else np.asarray(score)
-        self._check_shapes(theta, x, score)
-        check_names([on_invalid], ["raise", "drop"], "on_invalid")
         if score is not None and self._uses_scores() and not self.force_scores and not self._smooth():
             raise ValueError(
                 f"Expected a smooth density for scores; the score of {self.density!r} is not continuous. "
                 "Choose another density, score_weight=0, or force_scores=True."
             )
-        if on_invalid == "drop":
-            theta, x, score = _finite_rows(theta, x, score)
-        check_finite("theta", theta)
-        check_finite("x", x)
-        if score is not None:
-            check_finite("score", score)
-        self.prior.check(theta)
-        if proposal is not None and not hasattr(proposal, "log_prob"):
-            raise ValueError(f"Expected a proposal with log_prob(theta), or None for the prior; got {proposal!r}.")
-        self._rows.append((theta, x, score, proposal))
+        self._rows.append(checked_part(self.prior, self._rows, theta, x, score, proposal, on_invalid))
         return self
 
     def restricted(self, inside: Callable[[np.ndarray], np.ndarray] | None = None) -> Self:
         """A copy with the simulations whose theta `(n, p)` is `inside` `(n,)`; all of them for None."""
-        if inside is not None and any(row[3] is not None for row in self._rows):
+        if inside is not None and any(part.proposal is not None for part in self._rows):
             raise ValueError("Expected simulations from the prior for truncated rounds; these had a proposal. Use NLE.")
         other = copy.copy(self)
-        rows = list(self._rows)
-        other._rows = rows if inside is None else [(*_select(inside(row[0]), *row[:3]), row[3]) for row in rows]
+        parts = list(self._rows)
+        other._rows = parts if inside is None else [where(inside, part) for part in parts]
         return other
-
-    def _check_shapes(self, theta, x, score):
-        p = self.prior.dim
-        if theta.ndim != 2 or theta.shape[1] != p:
-            raise ValueError(f"Expected theta with shape (n, {p}) for {list(self.prior.names)}; got {theta.shape}.")
-        if x.ndim != 2 or len(x) != len(theta) or x.shape[1] < 1:
-            raise ValueError(f"Expected x with shape ({len(theta)}, d), summaries of each row; got {x.shape}.")
-        if score is not None and score.shape != theta.shape:
-            raise ValueError(f"Expected score with shape {theta.shape}, as theta; got {score.shape}.")
-        if not self._rows:
-            return
-        _, x_before, score_before, _ = self._rows[0]
-        if x.shape[1] != x_before.shape[1]:
-            raise ValueError(f"Expected x with {x_before.shape[1]} columns, as appended before; got {x.shape[1]}.")
-        if (score is None) != (score_before is None):
-            with_score = "with" if score_before is not None else "without"
-            raise ValueError(f"Expected rows {with_score} score, as appended before; got the opposite.")
 
     @abc.abstractmethod
     def _posterior(self, members: tuple[Member, ...], histories: tuple[History, ...], config_json: str) -> Fitted:
         """What `fit` returns."""
 
     @abc.abstractmethod
-    def _roles(self, rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _roles(self, rows: Columns) -> tuple[np.ndarray, np.ndarray]:
         """(what is modelled, what it is conditioned on), from unconstrained parameters "u" and data "x"."""
 
     @abc.abstractmethod
@@ -211,45 +187,67 @@ class Estimator(abc.ABC, Generic[Fitted]):
         if members < 1:
             raise ValueError(f"Expected members >= 1; got {members}.")
         rows = self._unconstrained_rows()
-        options = schedule(len(self), max_epochs, batch_size, patience)
+        options = schedule(rows.per_epoch, max_epochs, batch_size, patience, len(self))
         options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
         fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
         config = self._config(rows, members)
         if weighting == "validation" and members > 1:
-            config["weights"] = validation_weights([(m, held_out) for m, _, held_out in fits], *self._roles(rows))
+            columns, held_out = rows.judged([held_out for *_, held_out in fits])
+            judged = zip((m for m, *_ in fits), held_out, strict=True)
+            config["weights"] = validation_weights(list(judged), *self._roles(columns))
         return self._posterior(tuple(m for m, *_ in fits), tuple(h for _, h, _ in fits), json.dumps(config))
 
-    def _config(self, rows: dict[str, np.ndarray], members: int) -> dict[str, Any]:
+    def _config(self, rows: InMemory | Stream, members: int) -> dict[str, Any]:
         """What a posterior's file says about it."""
         return {
             "estimator": type(self).__name__,
             "density": self.density if isinstance(self.density, str) else None,
             "density_options": self.density_options,
-            "x_dim": int(rows["x"].shape[1]),
+            "x_dim": int(self._rows[0].x.shape[1]),
             "members": members,
             "simulations": len(self),
-            "x_range": [rows["x"].min(0).tolist(), rows["x"].max(0).tolist()],
-            "scores_left_out": int(len(self) - rows["use"].sum()) if "use" in rows else 0,
-        }
+        } | rows.account()
 
-    def _unconstrained_rows(self) -> dict[str, np.ndarray]:
+    def _unconstrained_rows(self) -> InMemory | Stream:
+        """All rows, or what streams them."""
         thetas, xs, scores, _ = zip(*self._rows, strict=True)
-        theta, x = (jnp.asarray(np.concatenate(a), jnp.result_type(float)) for a in (thetas, xs))
+        arrays = Joined(thetas), Joined(xs), Joined(scores) if self._with_score() else None
+        messages: list[str] = []
+
+        def prepare(theta, x, score):
+            if score is not None:
+                messages.extend(self._score_warnings(theta, x, score))
+            correct = self._correction(jnp.asarray(theta, jnp.result_type(float)))
+            return lambda *rows: self._columns(correct, *rows)
+
+        rows: InMemory | Stream
+        if is_many(*arrays):
+            rows = Stream(*arrays, prepare)
+        else:
+            everything = [None if a is None else a[:] for a in arrays]
+            rows = InMemory(prepare(*everything)(*everything))
+        for message in messages:
+            warnings.warn(message, stacklevel=3)
+        return rows
+
+    def _columns(self, correct, theta, x, score) -> Columns:
+        """Rows in unconstrained space."""
+        theta, x = (jnp.asarray(a, jnp.result_type(float)) for a in (theta, x))
         rows = {"u": self.prior.to_unconstrained(theta), "x": x}
-        if scores[0] is not None and self._uses_scores():
-            score = jnp.asarray(np.concatenate(scores), jnp.result_type(float))
-            of_likelihood, of_prior = likelihood_score(self.prior, theta, score), prior_score(self.prior, theta)
+        if score is not None:
+            of_likelihood = likelihood_score(self.prior, theta, jnp.asarray(score, jnp.result_type(float)))
             rows["score"] = self._target_score(of_likelihood, self._prior_score(theta))
-        rows |= self._proposal_rows(theta)
+        rows |= correct(theta)
         for name, value in rows.items():
             check_finite(f"{name} in unconstrained space", value)
-        if "score" in rows:
-            for message in score_warnings(self.prior.names, rows["u"], x, of_likelihood, of_prior):
-                warnings.warn(message, stacklevel=3)
-        arrays = {name: np.asarray(value) for name, value in rows.items()}
-        if "score" in arrays:
-            arrays["use"] = 1 - score_outliers(arrays["score"]).astype(arrays["score"].dtype)
-        return arrays
+        return {name: np.asarray(value) for name, value in rows.items()}
+
+    def _score_warnings(self, theta, x, score) -> list[str]:
+        theta, score = (jnp.asarray(a, jnp.result_type(float)) for a in (theta, score))
+        u, own = self.prior.to_unconstrained(theta), likelihood_score(self.prior, theta, score)
+        check_finite("u in unconstrained space", u)
+        check_finite("score in unconstrained space", own)
+        return score_warnings(self.prior.names, u, x, own, prior_score(self.prior, theta))
 
     def _smooth(self) -> bool:
         return not isinstance(self.density, str) or is_smooth(self.density)
@@ -257,21 +255,25 @@ class Estimator(abc.ABC, Generic[Fitted]):
     def _uses_scores(self) -> bool:
         return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))
 
+    def _with_score(self) -> bool:
+        """Whether there are scores, and they are used."""
+        return bool(self._rows) and self._rows[0].score is not None and self._uses_scores()
+
     def _proposals(self) -> Proposals | None:
         """What all rows were drawn from; None for the prior."""
-        components = {id(row[3]): row[3] for row in self._rows}
+        components = {id(part.proposal): part.proposal for part in self._rows}
         if all(c is None for c in components.values()):
             return None
-        counts = [sum(len(row[0]) for row in self._rows if id(row[3]) == i) for i in components]
+        counts = [sum(len_of(part.theta) for part in self._rows if id(part.proposal) == i) for i in components]
         return Proposals(self.prior, tuple(components.values()), tuple(c / len(self) for c in counts))
 
     def _prior_score(self, theta: Array) -> Array:
         """Gradient of the log-density that the fit takes for the prior's."""
         return prior_score(self.prior, theta)
 
-    def _proposal_rows(self, theta: Array) -> dict[str, Array]:
-        """Columns of the rows that correct for proposals."""
-        return {}
+    def _correction(self, theta: Float[Array, "n p"]) -> Callable[[Array], dict[str, Array]]:
+        """theta → columns that correct for proposals; made from all rows, or from some of very many."""
+        return lambda theta: {}
 
     def _first(self, standardiser: Standardiser) -> FirstTerm:
         """What is minimised beside the score."""
@@ -299,30 +301,30 @@ class Estimator(abc.ABC, Generic[Fitted]):
     def _start(self, key, rows, validation_fraction, options) -> Start:
         """All that a fit needs, the model at its linear start."""
         key_split, key_density, key_linear, _ = jax.random.split(key, 4)
-        train, held_out = split_rows(key_split, len(rows["u"]), validation_fraction)
+        train, held_out = rows.split(key_split, validation_fraction)
+        standardiser = fit_standardiser(*self._roles(rows.sample(train)))
+        standardised = functools.partial(self._standardised, standardiser)
+        data, validation = rows.train(key_split, train, standardised), standardised(rows.take(held_out))
+        return self._begin((key_density, key_linear), standardiser, data, validation, held_out, options)
+
+    def _standardised(self, standardiser: Standardiser, rows: Columns) -> dict[str, Array]:
         modelled, condition = self._roles(rows)
-        standardiser = fit_standardiser(modelled[train], condition[train])
-
-        def standardised(index):
-            c = standardiser.condition(jnp.asarray(condition[index]))
-            out = {"v": standardiser.to_standard(jnp.asarray(modelled[index]), c), "c": c}
-            if "score" in rows:
-                used = rows["score"] * rows["use"][:, None]  # so that no term overflows where it is left out
-                out["score"] = self._standard_score(standardiser, jnp.asarray(used[index]))
-                out["use"] = jnp.asarray(rows["use"][index])
-            out |= {name: jnp.asarray(rows[name][index]) for name in ("weight", "log_prior") if name in rows}
-            return out | self._more(standardiser, out["v"], c)
-
-        keys = (key_density, key_linear)
-        return self._begin(keys, standardiser, standardised(train), standardised(held_out), held_out, options)
+        c = standardiser.condition(jnp.asarray(condition))
+        out = {"v": standardiser.to_standard(jnp.asarray(modelled), c), "c": c}
+        if "score" in rows:
+            used = rows["score"] * rows["use"][:, None]  # so that no term overflows where it is left out
+            out["score"] = self._standard_score(standardiser, jnp.asarray(used))
+            out["use"] = jnp.asarray(rows["use"])
+        out |= {name: jnp.asarray(rows[name]) for name in ("weight", "log_prior") if name in rows}
+        return out | self._more(standardiser, out["v"], c)
 
     def _begin(self, keys, standardiser: Standardiser, data, validation, held_out, options) -> Start:
         """The model at its start, from standardised rows; `keys` of the density and of the linear fit."""
         key_density, key_linear = keys
-        density = self._density(key_density, data["v"].shape[1], data["c"].shape[1])
-        loss = self._loss(data, self._along(standardiser), self._first(standardiser))
+        density = self._density(key_density, validation["v"].shape[1], validation["c"].shape[1])
+        loss = self._loss(validation, self._along(standardiser), self._first(standardiser))
         model = ScoredDensity(density)
-        if "score" in data:
+        if "score" in validation:
             model = self._linear_start(key_linear, density, data, validation, loss, options)
         return Start(standardiser, model, data, validation, loss, held_out)
 
@@ -337,9 +339,9 @@ class Estimator(abc.ABC, Generic[Fitted]):
     def _linear_start(self, key, density, data, validation, loss, options) -> ScoredDensity:
         """The density with its linear part, and the noise model, fitted first: few parameters, so little to overfit."""
         key_level, key_fit = jax.random.split(key)
-        p, d = data["v"].shape[1], data["c"].shape[1]
+        p, d = validation["v"].shape[1], validation["c"].shape[1]
         linear = with_linear_part(StandardNormal((p,)), ConditionalAffine(p, d))  # type: ignore[call-arg]
-        model = first_model(key_level, linear, data, loss)
+        model = first_model(key_level, linear, first_of(data), loss)
         rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}
         model, _ = fit(key_fit, model, data, validation, loss, **(options | rate))
         return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, model.level)
@@ -351,25 +353,6 @@ def first_model(key: Key, density, data: dict[str, Array], loss: AbstractScoreLo
         return ScoredDensity(density)
     noise = first_noise(data["score"] - loss.start(data["v"]))
     return ScoredDensity(density, noise, noise_level(key, data["v"].shape[1], data["c"].shape[1]))
-
-
-def _finite_rows(theta, x, score):
-    """The rows in which every number is finite."""
-    named = {"theta": theta, "x": x} | ({} if score is None else {"score": score})
-    bad = {name: ~np.isfinite(a).all(1) for name, a in named.items()}
-    keep = ~np.logical_or.reduce(list(bad.values()))
-    if not keep.all():
-        where = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
-        warnings.warn(
-            f"Left out {int((~keep).sum())} of {len(keep)} rows that are not finite ({where}): the fit is biased "
-            "wherever such rows are likelier than elsewhere.",
-            stacklevel=3,
-        )
-    return _select(keep, theta, x, score)
-
-
-def _select(keep, theta, x, score):
-    return theta[keep], x[keep], None if score is None else score[keep]
 
 
 def build_density(key: Key, density: Density, dim: int, condition_dim: int, options: dict[str, Any]) -> Transformed:

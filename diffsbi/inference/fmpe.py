@@ -1,5 +1,6 @@
 r"""Flow-matching posterior estimation: regression of the velocity of a continuous flow, on scores too."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +11,7 @@ import numpy as np
 from diffsbi._types import Array, Float, Key
 from diffsbi.inference.losses import ScoredDensity, Start, first_noise, mean_nll, noise_level
 from diffsbi.inference.npe import NPE
+from diffsbi.inference.streams import first_of, moved
 from diffsbi.inference.training import schedule
 
 _DRAWS = 8  # angles and noises per row and step
@@ -82,7 +84,8 @@ class FMPE(NPE):
 
     $\varphi$ uniform, is the squared error of that combination with its precision, but for what f does not enter.
     Without scores it is the first term: exactly conditional flow matching with t uniform. With scores, the linear part
-    of the posterior is fitted first (by likelihood and score, as `NPE`) and kept.
+    of the posterior is fitted first (by likelihood and score, as `NPE`) and kept; rows kept aside are judged by the
+    first term alone, the weights of which are known: the histories' validation loss is that, the training loss both.
 
     Densities and draws solve the flow. Proposals other than the prior are reweighted, as `NPE`'s "reweight".
 
@@ -127,32 +130,35 @@ class FMPE(NPE):
     ):
         """As `Estimator.fit`, for a regression of which the targets are mostly noise.
 
-        Steps are longer, the patience is that of about 1 000 of them, and there is little weight decay: against such
-        gradients the usual one would win.
+        Steps are longer, the patience is that of about 1 000 of them (2 000 with scores, whose gradients are the
+        larger and the noisier), and there is little weight decay: against such gradients the usual one would win.
         """
         batch_size = schedule(max(1, len(self)), None, batch_size, None)["batch_size"]
-        patience = patience or max(20, 1000 * batch_size // max(1, len(self)))
+        steps = 2000 if self._with_score() else 1000
+        patience = patience or max(20, steps * batch_size // max(1, len(self)))
         options = {"patience": patience, "learning_rate": learning_rate, "weight_decay": weight_decay}
         return super().fit(key, batch_size=batch_size, **options, **settings)
 
     def _begin(self, keys, standardiser, data, validation, held_out, options):
         key_density, key_linear = keys
         key_linear, key_level, key_noise = jax.random.split(key_linear, 3)
-        p, d = data["v"].shape[1], data["c"].shape[1]
+        p, d = validation["v"].shape[1], validation["c"].shape[1]
         density = self._density(key_density, p, d)
         flow, affine = density.base_dist, density.bijection
         weight = None if isinstance(self.score_weight, str) else self.score_weight
         if weight is not None:
-            weight = jnp.broadcast_to(jnp.asarray(weight, data["v"].dtype), (p,))
+            weight = jnp.broadcast_to(jnp.asarray(weight, validation["v"].dtype), (p,))
         loss, model = FlowMatching(float(np.arctan(1 / self.sigma_min)), weight), ScoredDensity(flow)
-        if "score" in data:
-            by_likelihood = self._loss(data, None, mean_nll)
+        if "score" in validation:
+            by_likelihood = self._loss(validation, None, mean_nll)
             affine = self._linear_start(key_linear, density, data, validation, by_likelihood, options).density.bijection
-            data, validation = (_without(affine, rows) for rows in (data, validation))
+            data, validation = (moved(rows, functools.partial(_without, affine)) for rows in (data, validation))
             if weight is None:
-                model = ScoredDensity(flow, first_noise(data["score"] + data["v"]), noise_level(key_level, p + 1, d))
+                first = first_of(data)
+                model = ScoredDensity(flow, first_noise(first["score"] + first["v"]), noise_level(key_level, p + 1, d))
         angle, noise = loss.draw(key_noise, validation["v"], _HELD_OUT_DRAWS)
-        validation = validation | {"angle": angle, "noise": noise}
+        # The noise model of the scores overfits long before the field has learned: it must not decide when to stop.
+        validation = {"v": validation["v"], "c": validation["c"], "angle": angle, "noise": noise}
         return Start(standardiser, model, data, validation, loss, held_out, affine)
 
 

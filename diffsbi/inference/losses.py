@@ -45,14 +45,15 @@ def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array
     return likelihood_score(prior, theta, score) + prior_score(prior, theta)
 
 
-def score_outliers(score: np.ndarray, cut: float = 10.0) -> np.ndarray:
-    """True for rows `(n,)` with a component beyond `cut` robust standard deviations (median, 1.4826 × MAD).
+def score_outliers(score: np.ndarray, cut: float = 10.0, of: np.ndarray | None = None) -> np.ndarray:
+    """True for rows `(n,)` with a component beyond `cut` robust standard deviations (median, 1.4826 × MAD) `of` all.
 
     Simulators can have corners of the prior where the joint score is larger by orders of magnitude (for lensing maps
     where baryons dominate, or at modes without a Gaussian partner). One such row would decide a squared loss.
     """
-    centre = np.median(score, axis=0)
-    scale = 1.4826 * np.median(np.abs(score - centre), axis=0)
+    of = score if of is None else of
+    centre = np.median(of, axis=0)
+    scale = 1.4826 * np.median(np.abs(of - centre), axis=0)
     return np.any(np.abs(score - centre) > cut * np.maximum(scale, np.finfo(score.dtype).tiny), axis=1)
 
 
@@ -178,12 +179,13 @@ class AbstractScoreLoss(eqx.Module):
 class Start(NamedTuple):
     """What one fit starts from; rows are standardised, `held_out` are the indices of those for validation.
 
-    `affine` is a linear part that is not trained any more, to be put about the density.
+    `train` are rows, or the `Blocks` of a stream; `affine` is a linear part that is not trained any more, to be put
+    about the density.
     """
 
     standardiser: Standardiser
     model: ScoredDensity
-    train: dict[str, Array]
+    train: Any
     validation: dict[str, Array]
     loss: Callable[..., Array]
     held_out: np.ndarray

@@ -9,7 +9,7 @@ import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.inference.estimator import Estimator
-from diffsbi.inference.posterior import FittedPosterior, Member, mixture_log_prob, within_support
+from diffsbi.inference.posterior import FittedPosterior, Member, enough_memory, mixture_log_prob, within_support
 from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, nuts
 
@@ -51,7 +51,9 @@ class LikelihoodPosterior(FittedPosterior):
         observation c // n_chains, so that `.theta` is `(m * n_chains, n_samples, p)`: R-hat of all together means
         nothing there. The trees of one step are as deep as the deepest of them needs.
         """
-        data = self._data(x)
+        if n_samples < 1 or n_chains < 1:
+            raise ValueError(f"Expected n_samples >= 1 and n_chains >= 1; got {n_samples} and {n_chains}.")
+        data = self._observations(x)
         key_start, key_chain = jax.random.split(check_key(key))
         settings = dict(n_warmup=200, chain_method="vectorized", mass="dense", step_size=0.5) | settings
         n_warmup = settings.pop("n_warmup")
@@ -73,13 +75,16 @@ class LikelihoodPosterior(FittedPosterior):
         The draws are those of `chains`, in random order; at most `_MOST_CHAINS` chains run together.
 
         Raises:
-            ValueError: If `n` < 1, or x has the wrong width, is not finite, or is missing.
+            ValueError: If `n` or `n_chains` < 1, or x has the wrong width, no rows, is not finite, or is missing.
+            MemoryError: If memory is used up; the message says what to lower.
         """
         if n < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
-        data = self._data(x)
+        data = self._observations(x)
         flat = data.reshape(-1, self.x_dim)
         n_chains = settings.setdefault("n_chains", 4)
+        if n_chains < 1:
+            raise ValueError(f"Expected n_chains >= 1; got {n_chains}.")
         # Blocks of one size: one compilation.
         n_blocks = -(-len(flat) * n_chains // _MOST_CHAINS)
         size = -(-len(flat) // n_blocks)
@@ -87,7 +92,8 @@ class LikelihoodPosterior(FittedPosterior):
         for b, first in enumerate(range(0, len(flat), size)):
             key_chain, key_order = jax.random.split(jax.random.fold_in(check_key(key), b))
             block = flat[jnp.minimum(jnp.arange(first, first + size), len(flat) - 1)]
-            chains = self.chains(key_chain, block, n_samples=-(-n // n_chains), **settings)
+            with enough_memory(n, data):
+                chains = self.chains(key_chain, block, n_samples=-(-n // n_chains), **settings)
             theta = jnp.asarray(chains.theta).reshape(size, -1, self.prior.dim)
             draws.append(jax.vmap(jax.random.permutation)(jax.random.split(key_order, size), theta)[:, :n])
         out = jnp.concatenate(draws)[: len(flat)]

@@ -4,13 +4,13 @@ import warnings
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from diffsbi._types import check_names
 from diffsbi.inference.estimator import Density, Estimator
 from diffsbi.inference.losses import Atomic, mean_nll, prior_score
 from diffsbi.inference.posterior import Posterior
 from diffsbi.inference.reweighted import ReweightedPosterior
+from diffsbi.inference.rows import Joined, blocks_of
 
 _FEW = 0.1  # effective rows, as a fraction of all, below which importance weights are warned about
 
@@ -68,22 +68,24 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
             return prior_score(self.prior, theta)
         return proposals.score(theta)
 
-    def _proposal_rows(self, theta):
+    def _correction(self, theta):
         proposals = self._proposals()
         if proposals is None or self.correction == "reweight":
-            return {}
+            return super()._correction(theta)
         if self.correction == "atomic":
-            return {"log_prior": self.prior.log_prob_unconstrained(self.prior.to_unconstrained(theta))}
+            u = self.prior.to_unconstrained
+            return lambda theta: {"log_prior": self.prior.log_prob_unconstrained(u(theta))}
         log_weight = -proposals.log_ratio(theta)
-        weight = jnp.exp(log_weight - jnp.max(log_weight))
+        largest = jnp.max(log_weight)
+        weight = jnp.exp(log_weight - largest)
         effective = float(jnp.sum(weight) ** 2 / jnp.sum(weight**2))
         if effective < _FEW * len(theta):
             warnings.warn(
                 f"Importance weights leave {effective:.1f} effective of {len(theta)} simulations: the proposal is too "
                 "far from the prior for them. Try correction='reweight' or 'atomic'.",
-                stacklevel=4,
+                stacklevel=5,
             )
-        return {"weight": weight / jnp.mean(weight)}
+        return lambda theta: {"weight": jnp.exp(-proposals.log_ratio(theta) - largest) / jnp.mean(weight)}
 
     def _is_likelihood(self):
         return self._proposals() is None or self.correction != "atomic"
@@ -97,5 +99,6 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         proposals = self._proposals()
         if proposals is None or self.correction != "reweight":
             return Posterior(self.prior, members, histories, config_json)
-        proposals = proposals.with_floor(np.concatenate([row[0] for row in self._rows]))
+        thetas = blocks_of(Joined([part.theta for part in self._rows]))
+        proposals = min((proposals.with_floor(theta) for (theta,) in thetas), key=lambda p: p.floor)
         return ReweightedPosterior(self.prior, members, histories, config_json, proposals=proposals)

@@ -11,6 +11,7 @@ from diffsbi.inference.losses import Contrast
 from diffsbi.inference.nle import NLE
 from diffsbi.inference.posterior import Member
 from diffsbi.inference.standardise import Standardiser
+from diffsbi.inference.streams import first_of
 
 
 class RatioNetwork(eqx.Module):
@@ -86,7 +87,7 @@ class NRE(NLE):
         return {"offset": marginal_offset(standardiser, v, c) + standardiser.log_det}
 
     def _linear_start(self, key, density, data, validation, loss, options):
-        return first_model(key, density, data, loss)  # the network starts at the linear answer as it is
+        return first_model(key, density, first_of(data), loss)  # the network starts at the linear answer as it is
 
 
 def ratio_network(key: Key, dim: int, condition_dim: int, width: int = 64, depth: int = 2) -> RatioNetwork:

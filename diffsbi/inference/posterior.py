@@ -14,6 +14,7 @@ import numpy as np
 from flowjax.distributions import AbstractDistribution
 
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+from diffsbi.inference.memory import explained
 from diffsbi.inference.standardise import Standardiser
 from diffsbi.inference.training import History
 from diffsbi.prior import Prior
@@ -130,6 +131,19 @@ class FittedPosterior(eqx.Module):
             _check_range(np.asarray(x, float).reshape(-1, self.x_dim), self.config_json)
         return jnp.asarray(x, jnp.result_type(float))
 
+    def _observations(self, x) -> Array:
+        """The data to sample for: at least one row."""
+        data = self._data(x)
+        if not data.size:
+            raise ValueError(f"Expected at least one row of x to sample for; got shape {data.shape}.")
+        return data
+
+
+def enough_memory(n: int, data: Array):
+    """The context in which `n` draws for each row of `data` are made."""
+    rows = data.size // data.shape[-1]
+    return explained(f"for n={n} draws for each of {rows} rows of x: lower n, or sample fewer rows of x at a time.")
+
 
 @functools.lru_cache(maxsize=64)
 def _range(config_json: str) -> np.ndarray | None:
@@ -191,12 +205,15 @@ class Posterior(DensityPosterior):
         """`n` draws of theta, shape `(n, p)`; `(n, *m, p)` for data with leading dimensions.
 
         Raises:
-            ValueError: If `n` < 1, or x has the wrong width, is not finite, or is missing.
+            ValueError: If `n` < 1, or x has the wrong width, no rows, is not finite, or is missing.
+            MemoryError: If memory is used up; the message says what to lower.
         """
         check_key(key)
         if n < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
-        return sample_of(self._core(), key, n, self._data(x))
+        data = self._observations(x)
+        with enough_memory(n, data):
+            return jax.block_until_ready(sample_of(self._core(), key, n, data))
 
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         """log q(theta | x), shape `(*n,)`; −inf, with zero gradient, outside the prior's support.

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
-from diffsbi.inference.posterior import DensityPosterior, Posterior, log_prob_of, sample_of, within_support
+from diffsbi.inference.posterior import (
+    DensityPosterior,
+    Posterior,
+    enough_memory,
+    log_prob_of,
+    sample_of,
+    within_support,
+)
 from diffsbi.inference.proposals import Proposals
 
 _BLOCK = 20_000
@@ -34,13 +41,15 @@ class ReweightedPosterior(DensityPosterior):
         effective ones; at most a million are made. A warning says where those are not enough.
 
         Raises:
-            ValueError: If `n` < 1, or x has the wrong width, is not finite, or is missing.
+            ValueError: If `n` < 1, or x has the wrong width, no rows, is not finite, or is missing.
+            MemoryError: If memory is used up; the message says what to lower.
         """
         if n < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
-        data = self._data(x)
-        keys = jax.random.split(check_key(key), max(1, data.size // self.x_dim))
-        draws = [self._sample_one(k, n, one) for k, one in zip(keys, data.reshape(-1, self.x_dim), strict=True)]
+        data = self._observations(x)
+        keys = jax.random.split(check_key(key), data.size // self.x_dim)
+        with enough_memory(n, data):
+            draws = [self._sample_one(k, n, one) for k, one in zip(keys, data.reshape(-1, self.x_dim), strict=True)]
         return jnp.stack(draws, 1).reshape(n, *data.shape[:-1], self.prior.dim)
 
     def under_proposal(self) -> Posterior:

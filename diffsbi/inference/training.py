@@ -12,6 +12,7 @@ import optax
 from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Key, check_key
+from diffsbi.inference.memory import explained, is_out_of_memory
 
 Loss = Callable[[Any, Any, Any, Key], Array]
 
@@ -48,11 +49,16 @@ def split_rows(key: Key, n: int, validation_fraction: float) -> tuple[np.ndarray
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def schedule(n: int, max_epochs: int | None, batch_size: int | None, patience: int | None) -> dict[str, Any]:
-    """Settings of `fit` for n rows; None: batches of 32 to 256, about 5 000 steps, 400 of them without improvement."""
+def schedule(
+    n: int, max_epochs: int | None, batch_size: int | None, patience: int | None, of: int = 0
+) -> dict[str, Any]:
+    """Settings of `fit` for epochs of n rows; None: batches of 32 to 256, about 5 000 steps, 400 without improvement.
+
+    Where the rows are more, `of` all, there are epochs for two passes over them at least.
+    """
     batch_size = batch_size or int(np.clip(n // 10, 32, 256))
     patience = patience or max(20, 400 * batch_size // n)
-    max_epochs = max_epochs or max(50, 5000 * batch_size // n)
+    max_epochs = max_epochs or max(50, 5000 * batch_size // n, 2 * of // n)
     return {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
 
 
@@ -78,7 +84,8 @@ def fit(
     Args:
         key: Order of the rows, and the key handed to the loss.
         model: Any pytree.
-        train: Pytree of arrays with the training rows first.
+        train: Pytree of arrays with the training rows first; or a function of the number of epochs that are done to
+            such a pytree, always of the same shapes: the rows that the next epoch passes over.
         validation: The same of the validation rows; the same ones in every epoch.
         loss: (params, static, batch, key) → scalar mean over the batch, `eqx.combine(params, static)` the model.
         max_epochs: Most epochs.
@@ -89,7 +96,11 @@ def fit(
         progress: Show a progress bar.
 
     Returns:
-        The model of the best epoch, and the `History`. A loss that is not finite ends the fit with a warning.
+        The model of the best epoch, and the `History`. A loss that is not finite ends the fit with a warning, and so
+        does too little memory.
+
+    Raises:
+        MemoryError: If memory is used up before any epoch was good.
     """
     check_key(key)
     for name, value in {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}.items():
@@ -98,22 +109,37 @@ def fit(
     if learning_rate <= 0:
         raise ValueError(f"Expected learning_rate > 0; got {learning_rate}.")
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    n = jax.tree.leaves(train)[0].shape[0]
+    rows_of = train if callable(train) else lambda done: train
+    rows = rows_of(0)
+    n, held_out = (jax.tree.leaves(a)[0].shape[0] for a in (rows, validation))
     batches = -(-n // batch_size)
+    advice = (
+        f"for steps of {-(-n // batches)} rows (batch_size={batch_size}) and {held_out} validation rows at once: lower "
+        "batch_size or validation_fraction, or take a smaller density."
+    )
     best, state = params, _optimizer().init(params)
     still = jnp.zeros(
         2, jnp.result_type(float)
     )  # an epoch that does not move: the first value, and no second compilation
-    first = _epoch(params, static, state, train, validation, key, still, loss, batches)[-1]
-    progressed = _Progress(float(first), patience, learning_rate)
+    with explained(advice):
+        first = float(_epoch(params, static, state, rows, validation, key, still, loss, batches)[-1])
+    progressed = _Progress(first, patience, learning_rate)
     for epoch in (bar := tqdm(range(1, max_epochs + 1), disable=not progress, desc="fit", unit="epoch")):
         rates = jnp.asarray([progressed.rate, progressed.rate * weight_decay], jnp.result_type(float))
         key_epoch = jax.random.fold_in(key, epoch)
-        step = _epoch(params, static, state, train, validation, key_epoch, rates, loss, batches)
-        params, state, train_value, value = step
-        if progressed.record(epoch, float(train_value), float(value)):
+        try:
+            step = _epoch(params, static, state, rows, validation, key_epoch, rates, loss, batches)
+            rows = rows_of(epoch)  # read while the step is computed
+            train_value, validated = map(float, step[2:])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            progressed.gave_up(epoch, f"Not enough memory {advice}", error)
+            break
+        params, state = step[:2]
+        if progressed.record(epoch, train_value, validated):
             best = params
-        bar.set_postfix(validation=f"{float(value):.3f}", best=f"{progressed.best:.3f}")
+        bar.set_postfix(validation=f"{validated:.3f}", best=f"{progressed.best:.3f}")
         if progressed.stop_reason:
             break
     return eqx.combine(best, static), progressed.history(batches)
@@ -152,6 +178,13 @@ class _Progress:
         if epoch - self.best_epoch >= self.patience:
             self.stop_reason = f"no improvement in {self.patience} epochs"
         return False
+
+    def gave_up(self, epoch: int, why: str, error: Exception) -> None:
+        """Warn where memory is used up, or raise where there is no trained state to keep."""
+        if not self.best_epoch:
+            raise MemoryError(why) from error
+        self.stop_reason = f"not enough memory at epoch {epoch}"
+        warnings.warn(f"{why} Stopped at epoch {epoch}; kept epoch {self.best_epoch}.", stacklevel=3)
 
     def history(self, batches: int) -> History:
         reason = self.stop_reason or "max_epochs reached"

@@ -1,0 +1,156 @@
+"""Appended simulations: arrays in memory or on disk, checked block by block, read slice by slice."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffsbi._types import check_names
+from diffsbi.prior import Prior
+
+_BLOCK_ROWS = 2**16
+_BLOCK_BYTES = 2**25
+
+Columns = dict[str, np.ndarray]
+
+
+class Part(NamedTuple):
+    """The rows of one `append`: arrays, or what can be sliced like arrays, and what theta was drawn from."""
+
+    theta: Any
+    x: Any
+    score: Any
+    proposal: Any
+
+
+def checked_part(prior: Prior, before: Sequence[Part], theta, x, score, proposal, on_invalid: str) -> Part:
+    """What `Estimator.append` adds to the rows `before`; raises as it says."""
+    theta, x, score = (None if a is None else as_rows(a) for a in (theta, x, score))
+    _check_shapes(prior, before, theta, x, score)
+    check_names([on_invalid], ["raise", "drop"], "on_invalid")
+    if on_invalid == "drop":
+        theta, x, score = _finite_rows(theta, x, score)
+    for name, array in {"theta": theta, "x": x, "score": score}.items():
+        if array is not None:
+            _check_finite(name, array)
+    for (block,) in blocks_of(theta):
+        prior.check(block)
+    if proposal is not None and not hasattr(proposal, "log_prob"):
+        raise ValueError(f"Expected a proposal with log_prob(theta), or None for the prior; got {proposal!r}.")
+    return Part(theta, x, score, proposal)
+
+
+def _check_shapes(prior: Prior, before: Sequence[Part], theta, x, score) -> None:
+    p = prior.dim
+    if len(theta.shape) != 2 or theta.shape[1] != p:
+        raise ValueError(f"Expected theta with shape (n, {p}) for {list(prior.names)}; got {theta.shape}.")
+    if len(x.shape) != 2 or len_of(x) != len_of(theta) or x.shape[1] < 1:
+        raise ValueError(f"Expected x with shape ({len_of(theta)}, d), summaries of each row; got {x.shape}.")
+    if score is not None and tuple(score.shape) != tuple(theta.shape):
+        raise ValueError(f"Expected score with shape {theta.shape}, as theta; got {score.shape}.")
+    if not before:
+        return
+    if x.shape[1] != before[0].x.shape[1]:
+        raise ValueError(f"Expected x with {before[0].x.shape[1]} columns, as appended before; got {x.shape[1]}.")
+    if (score is None) != (before[0].score is None):
+        with_score = "with" if before[0].score is not None else "without"
+        raise ValueError(f"Expected rows {with_score} score, as appended before; got the opposite.")
+
+
+def as_rows(array):
+    """The array itself where slices of it can be read (memmap, zarr, h5py), all of it as a NumPy array otherwise."""
+    sliced = hasattr(array, "shape") and hasattr(array, "__getitem__")
+    return array if sliced and not isinstance(array, jax.Array) else np.asarray(array)
+
+
+class Joined:
+    """Arrays one after another, read slice by slice."""
+
+    def __init__(self, parts: Sequence):
+        self.parts = tuple(parts)
+        self.edges = np.cumsum([0, *(len_of(part) for part in self.parts)])
+        self.shape = (int(self.edges[-1]), *self.parts[0].shape[1:])
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        first, last = np.searchsorted(self.edges, [start, max(start, stop - 1)], side="right") - 1
+        inside = zip(self.edges[first:], self.parts[first : last + 1], strict=False)
+        return np.concatenate([np.asarray(p[max(start - edge, 0) : min(stop - edge, len_of(p))]) for edge, p in inside])
+
+
+class Selected:
+    """Some rows of an array, by their ascending indices, read slice by slice."""
+
+    def __init__(self, array, index: np.ndarray):
+        self.array, self.index = array, index
+        self.shape = (len(index), *array.shape[1:])
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        index = self.index[rows]
+        if not len(index):
+            return np.asarray(self.array[0:0])
+        return np.asarray(self.array[int(index[0]) : int(index[-1]) + 1])[index - index[0]]
+
+
+def len_of(array) -> int:
+    return int(array.shape[0])
+
+
+def select(keep: np.ndarray, *arrays):
+    """The rows of each array (or None) where `keep (n,)` is true: copied from memory, referred to on disk."""
+    index = np.flatnonzero(keep)
+    chosen = lambda a: a[index] if type(a) is np.ndarray else Selected(a, index)  # noqa: E731
+    return tuple(None if a is None else chosen(a) for a in arrays)
+
+
+def block_size(*arrays) -> int:
+    """Rows of these arrays (or None) that are held at once: at most 65 536, and about 32 MiB."""
+    width = 4 * sum(int(np.prod(a.shape[1:])) for a in arrays if a is not None)
+    return int(np.clip(_BLOCK_BYTES // max(1, width), 1, _BLOCK_ROWS))
+
+
+def blocks_of(*arrays) -> Iterator[tuple]:
+    """Arrays of the same length (or None), block by block."""
+    size = block_size(*arrays)
+    for start in range(0, max(1, len_of(arrays[0])), size):
+        yield tuple(None if a is None else np.asarray(a[start : start + size]) for a in arrays)
+
+
+def _check_finite(name: str, array) -> None:
+    """`check_finite` of a long array."""
+    bad, first, start = 0, None, 0
+    for (block,) in blocks_of(array):
+        wrong = ~np.isfinite(block)
+        if wrong.any() and first is None:
+            row, *rest = np.argwhere(wrong)[0]
+            first = (int(row) + start, *map(int, rest))
+        bad, start = bad + int(wrong.sum()), start + len(block)
+    if bad:
+        size = int(np.prod(array.shape))
+        raise ValueError(f"Expected finite {name}; got {bad} non-finite of {size} values, first at {first}.")
+
+
+def _finite_rows(theta, x, score):
+    """The rows in which every number is finite."""
+    named = {"theta": theta, "x": x} | ({} if score is None else {"score": score})
+    blocks = [[~np.isfinite(a).all(1) for a in block] for block in blocks_of(*named.values())]
+    bad = dict(zip(named, map(np.concatenate, zip(*blocks, strict=True)), strict=True))
+    keep = ~np.logical_or.reduce(list(bad.values()))
+    if keep.all():
+        return theta, x, score
+    where = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
+    warnings.warn(
+        f"Left out {int((~keep).sum())} of {len(keep)} rows that are not finite ({where}): the fit is biased "
+        "wherever such rows are likelier than elsewhere.",
+        stacklevel=4,
+    )
+    return select(keep, theta, x, score)
+
+
+def where(inside: Callable[[np.ndarray], np.ndarray], part: Part) -> Part:
+    """The rows with theta `inside` a region."""
+    keep = np.concatenate([np.asarray(inside(block)) for (block,) in blocks_of(part.theta)])
+    theta, x, score = select(keep, *part[:3])
+    return Part(theta, x, score, part.proposal)
