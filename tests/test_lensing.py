@@ -191,7 +191,7 @@ def test_scores_and_latent_gradients_match_finite_differences(x64, field, latent
 
 @pytest.mark.parametrize("latents", ["white", "whitened"])
 def test_mean_score_at_fixed_theta_is_zero(latents):
-    sim = ds.lsst_y10(n_pix=16, side_deg=2.0)
+    sim = ds.lsst_y10(n_pix=16, side_deg=2.0, n_bins=3)
     draws = sim.draw(jax.random.key(8), 600, sim.fiducial, latents=latents, keep_latents=True)
     score = np.asarray(draws.score, float)
     z = score.mean(0) / (score.std(0, ddof=1) / np.sqrt(len(score)))
