@@ -38,7 +38,7 @@ demo: $(READY)
 	$(BIN)/diffsbi demo --out $(RUNS)/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -45,9 +45,8 @@ class MapNetwork(eqx.Module):
         for level, convolution in enumerate(self.convolutions):
             x = jax.vmap(_halved)(x) if level else x
             y = jax.vmap(convolution)(x)
-            loc, scale = jnp.mean(y, (0, 2, 3)), jnp.std(y, (0, 2, 3))[:, None, None]
-            weight = convolution.weight / scale[..., None]
-            bias = (convolution.bias - loc[:, None, None]) / scale
+            loc, scale = (moment(y, (0, 2, 3))[:, None, None] for moment in (jnp.mean, jnp.std))
+            weight, bias = convolution.weight / scale[..., None], (jnp.asarray(convolution.bias) - loc) / scale
             made.append(eqx.tree_at(lambda c: (c.weight, c.bias), convolution, (weight, bias)))
             x = jax.nn.silu(jax.vmap(made[-1])(x))
         return eqx.tree_at(lambda network: network.convolutions, self, tuple(made))
