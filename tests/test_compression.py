@@ -19,7 +19,7 @@ from diffsbi.compression import (
     torus_symmetry,
 )
 
-N = 600
+N = 1500
 
 
 class Scale(ds.AbstractSimulator):
@@ -46,7 +46,7 @@ class Moments(eqx.Module):
 @pytest.fixture(scope="module")
 def simulations():
     sim = Scale()
-    return sim, sim.draw(jax.random.key(0), N), sim.draw(jax.random.key(1), 400, with_score=False)
+    return sim, sim.draw(jax.random.key(0), N, n_average=6), sim.draw(jax.random.key(1), 400, with_score=False)
 
 
 def network(width=16):
@@ -57,7 +57,7 @@ def network(width=16):
 @pytest.fixture(scope="module")
 def compressors(simulations):
     sim, draws, _ = simulations
-    options = dict(prior=sim, max_epochs=80, batch_size=100, learning_rate=3e-3)
+    options = dict(prior=sim, max_epochs=60, batch_size=100, learning_rate=3e-3, weight_decay=0.0)
     return {
         loss: fit_compressor(jax.random.key(3), network(), draws.theta, draws.x, draws.score, loss=loss, **options)
         for loss in LOSSES
@@ -125,7 +125,7 @@ def test_mistakes_are_told(simulations):
 
     with pytest.raises(ValueError, match=r"Expected theta with shape \(n, 2\)"):
         run(theta[:, :1])
-    with pytest.raises(ValueError, match="Expected x with 600 rows"):
+    with pytest.raises(ValueError, match="Expected x with 1500 rows"):
         run(x=x[:-1])
     with pytest.raises(ValueError, match="Expected finite x; got 1 non-finite"):
         run(x=np.where(np.arange(x.size).reshape(x.shape) == 5, np.nan, x))
