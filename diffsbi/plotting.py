@@ -187,6 +187,7 @@ def curves(
     levels: Mapping[str, float],
     log_y: bool = True,
     log_x: bool = True,
+    ticks: Sequence[str] = (),
 ) -> Figure:
     """Points with error bars, joined within each curve, and named horizontal lines.
 
@@ -197,6 +198,7 @@ def curves(
         levels: Name → height of a dashed line.
         log_y: Whether y is logarithmic.
         log_x: Whether x is.
+        ticks: Names of x = 0, 1, ...; points are then not joined.
     """
     with matplotlib.rc_context(STYLE):
         figure = _figure(4.2, 3.2)
@@ -204,12 +206,15 @@ def curves(
         names = list(dict.fromkeys(name for name, *_ in rows))
         for i, name in enumerate(names):
             x, y, error = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
-            axis.errorbar(x, y, error, fmt="o-", ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)], label=name)
+            style = dict(fmt="o" if ticks else "o-", ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)])
+            axis.errorbar(x, y, error, label=name, **style)
         for name, level in levels.items():
             axis.axhline(level, color="0.4", lw=0.8, ls="--")
             axis.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
         scales = ["log" if log else "linear" for log in (log_x, log_y)]
         axis.set(xscale=scales[0], yscale=scales[1], xlabel=xlabel, ylabel=ylabel)
+        if ticks:
+            axis.set_xticks(range(len(ticks)), ticks)
         axis.legend()
     return figure
 
