@@ -209,7 +209,6 @@ def curves(
             style = dict(fmt="o" if ticks else "o-", ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)])
             axis.errorbar(x, y, error, label=name, **style)
         for name, level in levels.items():
-            axis.axhline(level, color="0.4", lw=0.8, ls="--")
             axis.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
         scales = ["log" if log else "linear" for log in (log_x, log_y)]
         axis.set(xscale=scales[0], yscale=scales[1], xlabel=xlabel, ylabel=ylabel)
@@ -287,24 +286,29 @@ def _residual(axis, ell, ratio, error, title: str) -> None:
     axis.text(0.95, 0.92, title, transform=axis.transAxes, ha="right", va="top")
 
 
-def training_curves(histories: Mapping[str, Sequence[Mapping]], titles: Mapping[str, str] | None = None) -> Figure:
-    """Training and validation loss of every member of every fit, and the epoch that was kept."""
+def training_curves(
+    histories: Mapping[str, Sequence[Mapping]],
+    titles: Mapping[str, str] | None = None,
+    labels: tuple[str, str] = ("epoch", "loss"),
+) -> Figure:
+    """Training and validation of every member of every fit (every `every`-th epoch), and the one that was kept."""
     with matplotlib.rc_context(STYLE):
         figure = _figure(3.4 * len(histories), 2.5)
         axes = figure.subplots(1, len(histories), squeeze=False)[0]
         for axis, (name, members) in zip(axes, histories.items(), strict=True):
             color = COLORS.get(name, CYCLE[0])
             for m, history in enumerate(members):
-                epochs = np.arange(1, len(history["train"]) + 1)
-                axis.plot(epochs, history["train"], color=color, alpha=0.35, label="training" if m == 0 else None)
-                axis.plot(epochs, history["validation"], color=color, label="validation" if m == 0 else None)
-                axis.axvline(history["best_epoch"], color="#888888", lw=0.8, ls=":", label="kept" if m == 0 else None)
+                epochs = history.get("every", 1) * np.arange(len(history["train"]) + 1)
+                names = ("training", "validation", "kept") if m == 0 else (None, None, None)
+                axis.plot(epochs[1:], history["train"], color=color, alpha=0.35, label=names[0])
+                axis.plot(epochs[1:], history["validation"], color=color, label=names[1])
+                axis.axvline(epochs[history["best_epoch"]], color="#888888", lw=0.8, ls=":", label=names[2])
             values = np.concatenate([np.r_[h["train"], h["validation"]] for h in members])
             values = values[np.isfinite(values)]
             if len(values):
                 low, high = values.min(), np.percentile(values, 97)
                 axis.set_ylim(low - 0.08 * (high - low), high + 0.1 * (high - low))
-            axis.set(xlabel="epoch", ylabel="loss", title=(titles or {}).get(name, name))
+            axis.set(xlabel=labels[0], ylabel=labels[1], title=(titles or {}).get(name, name))
             axis.legend()
     return figure
 

@@ -57,7 +57,7 @@ def network(width=16):
 @pytest.fixture(scope="module")
 def compressors(simulations):
     sim, draws, _ = simulations
-    options = dict(prior=sim, max_epochs=60, batch_size=100, learning_rate=3e-3, weight_decay=0.0)
+    options = dict(prior=sim, max_epochs=300, batch_size=100, learning_rate=3e-3, weight_decay=0.0, patience=60)
     return {
         loss: fit_compressor(jax.random.key(3), network(), draws.theta, draws.x, draws.score, loss=loss, **options)
         for loss in LOSSES

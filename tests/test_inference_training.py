@@ -98,3 +98,27 @@ def test_split_is_disjoint_complete_and_fixed():
 def test_settings_out_of_range_are_named(option):
     with pytest.raises(ValueError, match=f"{option} >=? ?.*; got 0"):
         fit(jax.random.key(0), line(), data(64), data(20, 1), squared, **{option: 0})
+
+
+def test_last_epoch_averaged_weights_and_measures():
+    def measured(params, static, batch, key):
+        value = squared(params, static, batch, key)
+        return value, {"double": 2 * value}
+
+    options = {"max_epochs": 12, "batch_size": 10, "learning_rate": 0.3, "has_measures": True}
+    rows = data(50), data(20, 1)
+    best, history = fit(jax.random.key(0), line(), *rows, measured, **options)
+    last, _ = fit(jax.random.key(0), line(), *rows, measured, **options, keep="last")
+    at = lambda model: float(jnp.mean(((model.slope - 2) * rows[1]["x"]) ** 2))  # noqa: E731
+    np.testing.assert_allclose([at(best), at(last)], [history.best_validation, history.validation[-1]], rtol=1e-4)
+    doubled = 2 * np.stack([history.train, history.validation], -1)
+    np.testing.assert_allclose(history.measures["double"], doubled, rtol=1e-5)
+    averaged, other = fit(jax.random.key(0), line(), *rows, measured, **options, keep="last", average=0.9)
+    np.testing.assert_allclose(at(averaged), other.validation[-1], rtol=1e-4)
+    assert other.train[0] == history.train[0] and other.validation[1] != history.validation[1]
+    short, account = fit(jax.random.key(0), line(), data(20), rows[1], squared, patience=1, min_epochs=9, max_epochs=9)
+    assert len(account.train) == 9 and account.measures == {}
+    with pytest.raises(ValueError, match="Unknown keep 'first'"):
+        fit(jax.random.key(0), line(), *rows, squared, keep="first")
+    with pytest.raises(ValueError, match="0 <= average < 1; got 1"):
+        fit(jax.random.key(0), line(), *rows, squared, average=1)

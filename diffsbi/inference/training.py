@@ -1,4 +1,8 @@
-"""The one training loop. It knows no model: a loss is a callable of (params, static, batch, key)."""
+"""The one training loop. It knows no model: a loss is a callable of (params, static, batch, key).
+
+A loss need not be a mean over rows. One of a whole set of simulations (the Fisher information of summaries) holds its
+sets itself, as a pytree; a row is then one step, with its own key, and an epoch as many steps as there are rows.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -11,7 +15,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Key, check_key
+from diffsbi._types import Array, Key, check_key, check_names
 from diffsbi.inference.memory import explained, is_out_of_memory
 
 Loss = Callable[[Any, Any, Any, Key], Array]
@@ -25,7 +29,7 @@ class History(eqx.Module):
     """How a fit went: loss per epoch, which epoch was kept (0: before any step), and why it stopped.
 
     `train[e]` is the mean loss over the batches of epoch e + 1 while it ran, `validation[e]` the loss on the
-    held-out rows after it.
+    held-out rows after it. `measures[name][e]` are (training, validation) of what the loss reported beside its value.
     """
 
     train: np.ndarray
@@ -34,6 +38,7 @@ class History(eqx.Module):
     stop_reason: str
     steps: int
     first_validation: float
+    measures: dict[str, np.ndarray] = eqx.field(default_factory=dict)
 
     @property
     def best_validation(self) -> float:
@@ -74,6 +79,10 @@ def fit(
     patience: int = 50,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
+    min_epochs: int = 0,
+    keep: str = "best",
+    average: float = 0.0,
+    has_measures: bool = False,
     progress: bool = False,
 ) -> tuple[Any, History]:
     """Minimise `loss` over the inexact arrays of `model` by Adam with clipped gradients; keep the best epoch.
@@ -93,11 +102,16 @@ def fit(
         patience: Epochs without improvement of the validation loss before stopping.
         learning_rate: First step size.
         weight_decay: Pull of every parameter towards zero, per step and unit of step size (as AdamW).
+        min_epochs: Epochs before patience may end the fit.
+        keep: "best" or "last" epoch; the last one whose loss is finite.
+        average: Decay per step of a moving average of the weights, which is then what is validated and returned:
+            against the jitter of noisy gradients. 0: the weights themselves.
+        has_measures: The loss returns (scalar, dict of named scalars); the latter go into `History.measures`.
         progress: Show a progress bar.
 
     Returns:
-        The model of the best epoch, and the `History`. A loss that is not finite ends the fit with a warning, and so
-        does too little memory.
+        The model of the best (or last) epoch, and the `History`. A loss that is not finite ends the fit with a warning,
+        and so does too little memory.
 
     Raises:
         MemoryError: If memory is used up before any epoch was good.
@@ -108,6 +122,9 @@ def fit(
             raise ValueError(f"Expected {name} >= 1; got {value}.")
     if learning_rate <= 0:
         raise ValueError(f"Expected learning_rate > 0; got {learning_rate}.")
+    check_names([keep], ["best", "last"], "keep")
+    if not 0 <= average < 1:
+        raise ValueError(f"Expected 0 <= average < 1; got {average}.")
     params, static = eqx.partition(model, eqx.is_inexact_array)
     rows_of = train if callable(train) else lambda done: train
     rows = rows_of(0)
@@ -117,29 +134,31 @@ def fit(
         f"for steps of {-(-n // batches)} rows (batch_size={batch_size}) and {held_out} validation rows at once: lower "
         "batch_size or validation_fraction, or take a smaller density."
     )
-    best, state = params, _optimizer().init(params)
-    still = jnp.zeros(
-        2, jnp.result_type(float)
-    )  # an epoch that does not move: the first value, and no second compilation
+    best, state = params, (params, params, _optimizer().init(params))
+    # An epoch that does not move: the first value, and no second compilation.
+    still = jnp.zeros(3, jnp.result_type(float))
     with explained(advice):
-        first = float(_epoch(params, static, state, rows, validation, key, still, loss, batches)[-1])
-    progressed = _Progress(first, patience, learning_rate)
+        first = float(_epoch(state, static, rows, validation, key, still, loss, batches, has_measures)[-1][0])
+    progressed = _Progress(first, patience, learning_rate, min_epochs)
     for epoch in (bar := tqdm(range(1, max_epochs + 1), disable=not progress, desc="fit", unit="epoch")):
-        rates = jnp.asarray([progressed.rate, progressed.rate * weight_decay], jnp.result_type(float))
+        decay = min(average, 1 - 10 / (10 + (epoch - 1) * batches))  # the first weights are forgotten soon
+        rates = jnp.asarray([progressed.rate, progressed.rate * weight_decay, decay], jnp.result_type(float))
         key_epoch = jax.random.fold_in(key, epoch)
         try:
-            step = _epoch(params, static, state, rows, validation, key_epoch, rates, loss, batches)
+            step = _epoch(state, static, rows, validation, key_epoch, rates, loss, batches, has_measures)
             rows = rows_of(epoch)  # read while the step is computed
-            train_value, validated = map(float, step[2:])
+            state, (train_value, train_measures), (value, measures) = step
+            train_value, value = float(train_value), float(value)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             progressed.gave_up(epoch, f"Not enough memory {advice}", error)
             break
-        params, state = step[:2]
-        if progressed.record(epoch, train_value, validated):
-            best = params
-        bar.set_postfix(validation=f"{validated:.3f}", best=f"{progressed.best:.3f}")
+        improved = progressed.record(epoch, train_value, value)
+        progressed.measure(train_measures, measures)
+        if improved or (keep == "last" and np.isfinite(value) and np.isfinite(train_value)):
+            best = state[1]
+        bar.set_postfix(validation=f"{value:.3f}", best=f"{progressed.best:.3f}")
         if progressed.stop_reason:
             break
     return eqx.combine(best, static), progressed.history(batches)
@@ -148,12 +167,19 @@ def fit(
 class _Progress:
     """The bookkeeping of one fit: best value, learning rate, when to stop."""
 
-    def __init__(self, first: float, patience: int, rate: float):
+    def __init__(self, first: float, patience: int, rate: float, min_epochs: int = 0):
+        self.min_epochs = min_epochs
         self.first, self.best = first, first if np.isfinite(first) else np.inf
         self.patience, self.rate, self.smallest = patience, rate, rate * _SMALLEST_RATE
         self.best_epoch, self.since_cut, self.stop_reason = 0, 0, ""
         self.train: list[float] = []
         self.validation: list[float] = []
+        self.measures: dict[str, list[tuple[float, float]]] = {}
+
+    def measure(self, train, validation) -> None:
+        """Note what the loss reported beside its value."""
+        for name in validation:
+            self.measures.setdefault(name, []).append((float(train[name]), float(validation[name])))
 
     def record(self, epoch: int, train: float, validation: float) -> bool:
         """Note one epoch; True when it is the best so far."""
@@ -175,7 +201,7 @@ class _Progress:
         self.since_cut += 1
         if self.since_cut >= max(1, self.patience // 3):
             self.rate, self.since_cut = max(0.5 * self.rate, self.smallest), 0
-        if epoch - self.best_epoch >= self.patience:
+        if epoch >= self.min_epochs and epoch - self.best_epoch >= self.patience:
             self.stop_reason = f"no improvement in {self.patience} epochs"
         return False
 
@@ -189,9 +215,9 @@ class _Progress:
     def history(self, batches: int) -> History:
         reason = self.stop_reason or "max_epochs reached"
         steps = batches * len(self.train)
-        return History(
-            np.asarray(self.train), np.asarray(self.validation), self.best_epoch, reason, steps, float(self.first)
-        )
+        series = np.asarray(self.train), np.asarray(self.validation)
+        measures = {name: np.asarray(values) for name, values in self.measures.items()}
+        return History(*series, self.best_epoch, reason, steps, float(self.first), measures)
 
 
 def _optimizer() -> optax.GradientTransformation:
@@ -199,20 +225,28 @@ def _optimizer() -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def _epoch(params, static, state, train, validation, key, rates, loss, batches):
-    """One pass over the training rows and the validation loss after it."""
+def _epoch(state, static, train, validation, key, rates, loss, batches, has_measures):
+    """One pass over the training rows and the validation loss after it, each with its measures.
+
+    The state is the weights, their moving average and Adam's moments; `rates` step, decay of weights, of the average.
+    """
     key_order, key_steps, key_validation = jax.random.split(key, 3)
     n = jax.tree.leaves(train)[0].shape[0]
     order = jax.random.permutation(key_order, n)[: batches * (n // batches)].reshape(batches, -1)
 
+    def measured(params, batch, key):
+        value = loss(params, static, batch, key)
+        return value if has_measures else (value, {})
+
     def step(carry, inputs):
-        params, state = carry
+        params, mean, state = carry
         index, key = inputs
         batch = jax.tree.map(lambda a: a[index], train)
-        value, gradient = jax.value_and_grad(loss)(params, static, batch, key)
+        value, gradient = jax.value_and_grad(measured, has_aux=True)(params, batch, key)
         updates, state = _optimizer().update(gradient, state, params)
         params = jax.tree.map(lambda p, u: p - rates[0] * u - rates[1] * p, params, updates)
-        return (params, state), value
+        mean = jax.tree.map(lambda m, p: p + rates[2] * (m - p), mean, params)
+        return (params, mean, state), value
 
-    carry, values = jax.lax.scan(step, (params, state), (order, jax.random.split(key_steps, batches)))
-    return *carry, jnp.mean(values), loss(carry[0], static, validation, key_validation)
+    state, values = jax.lax.scan(step, state, (order, jax.random.split(key_steps, batches)))
+    return state, jax.tree.map(jnp.mean, values), measured(state[1], validation, key_validation)

@@ -1,0 +1,78 @@
+"""Trained modules on disk: one file with a JSON header, a checksum and the arrays; no pickle.
+
+The file holds numbers, not code: whoever loads it brings a module of the same architecture, which is checked.
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from diffsbi._files import write_atomically
+
+MAGIC = b"diffsbi-compression\n"
+VERSION = 1
+
+
+def save_module(path, kind: str, module, header: dict[str, Any]) -> None:
+    """Write the arrays of `module` and a JSON-able `header`; an older file is replaced when the new one is complete."""
+    buffer = io.BytesIO()
+    eqx.tree_serialise_leaves(buffer, module)
+    payload = buffer.getvalue()
+    about = {"version": VERSION, "kind": kind, "arrays": _arrays(module), "bytes": len(payload)}
+    about |= {"sha256": hashlib.sha256(payload).hexdigest(), "header": header}
+    write_atomically(Path(path), MAGIC + json.dumps(about).encode() + b"\n" + payload)
+
+
+def read_header(path, kind: str) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """(the header of `save_module`, what it wrote about the arrays, the arrays' bytes), checked.
+
+    Raises:
+        ValueError: If the file is none of ours, of another kind or version, truncated or altered.
+    """
+    path = Path(path)
+    start, _, content = path.read_bytes().partition(MAGIC)
+    if start or not content:
+        raise ValueError(f"Expected a file written by diffsbi's compression in {path}; it is another one.")
+    first, _, payload = content.partition(b"\n")
+    try:
+        about = json.loads(first)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected a complete header in {path}; the file is truncated or damaged.") from error
+    if (about["version"], about["kind"]) != (VERSION, kind):
+        raise ValueError(f"Expected {kind} of version {VERSION} in {path}; got {about['kind']} of {about['version']}.")
+    if len(payload) != about["bytes"] or hashlib.sha256(payload).hexdigest() != about["sha256"]:
+        raise ValueError(f"Expected {about['bytes']} intact bytes of arrays in {path}; they are truncated or altered.")
+    return about["header"], about, payload
+
+
+def load_module(path, about: dict[str, Any], payload: bytes, like):
+    """The module, of the same architecture as `like`.
+
+    Raises:
+        ValueError: If an array of `like` has another place, shape or type than in the file.
+    """
+    here = _arrays(like)
+    if here != about["arrays"]:
+        pairs = zip(about["arrays"] + [None] * len(here), here + [None] * len(about["arrays"]), strict=False)
+        there, given = next((a, b) for a, b in pairs if a != b)
+        raise ValueError(
+            f"Expected the architecture that was saved in {path}; the first array that differs is {_words(there)} "
+            f"there and {_words(given)} here. Build the network with the settings it was trained with."
+        )
+    return eqx.tree_deserialise_leaves(io.BytesIO(payload), like)
+
+
+def _arrays(module) -> list[list]:
+    """[place, shape, type] of every array."""
+    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(module, eqx.is_array))
+    return [[jax.tree_util.keystr(place), list(np.shape(leaf)), str(leaf.dtype)] for place, leaf in leaves]
+
+
+def _words(entry) -> str:
+    return "none" if entry is None else f"{entry[0]} of shape {tuple(entry[1])}, {entry[2]}"
