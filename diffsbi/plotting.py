@@ -170,11 +170,11 @@ def cost_with_size(sizes, cost: Mapping[str, Sequence[float]], fits: Mapping[str
     with matplotlib.rc_context(STYLE):
         figure = _figure(4.2, 3.0)
         axis = figure.subplots()
-        for i, (name, values) in enumerate(cost.items()):
-            axis.plot(sizes, values, "o", ms=5, color=CYCLE[i % len(CYCLE)])
+        for color, (name, values) in zip(CYCLE, cost.items(), strict=False):
+            axis.plot(sizes, values, "o", ms=5, color=color)
             amplitude, exponent = fits[name]
             text = f"{name}: $\\propto d^{{{exponent:.2f}}}$"
-            axis.plot(sizes, amplitude * sizes**exponent, color=CYCLE[i % len(CYCLE)], lw=1, label=text)
+            axis.plot(sizes, amplitude * sizes**exponent, color=color, lw=1, label=text)
         axis.set(xscale="log", yscale="log", xlabel="latents $d$", ylabel="gradients per effective sample")
         axis.legend()
     return figure
@@ -193,28 +193,26 @@ def curves(
 
     Args:
         rows: (curve, x, y, standard error of y).
-        xlabel: Label of x.
-        ylabel: Label of y.
+        xlabel, ylabel: Labels of x and y.
         levels: Name → height of a dashed line.
-        log_y: Whether y is logarithmic.
-        log_x: Whether x is.
+        log_y, log_x: Whether y and x are logarithmic.
         ticks: Names of x = 0, 1, ...; points are then not joined.
     """
     with matplotlib.rc_context(STYLE):
         figure = _figure(4.2, 3.2)
         axis = figure.subplots()
-        names = list(dict.fromkeys(name for name, *_ in rows))
-        for i, name in enumerate(names):
+        for i, name in enumerate(dict.fromkeys(name for name, *_ in rows)):
             x, y, error = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
-            style = dict(fmt="o" if ticks else "o-", ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)])
-            axis.errorbar(x, y, error, label=name, **style)
+            style = dict(ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)])
+            axis.errorbar(x, y, error, fmt="o" if ticks else "o-", label=name, **style)
         for name, level in levels.items():
+            axis.axhline(level, color="0.4", lw=0.8, ls="--")
             axis.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        scales = ["log" if log else "linear" for log in (log_x, log_y)]
-        axis.set(xscale=scales[0], yscale=scales[1], xlabel=xlabel, ylabel=ylabel)
+        xscale, yscale = ("log" if log else "linear" for log in (log_x, log_y))
+        axis.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+        axis.legend()
         if ticks:
             axis.set_xticks(range(len(ticks)), ticks)
-        axis.legend()
     return figure
 
 
@@ -287,9 +285,7 @@ def _residual(axis, ell, ratio, error, title: str) -> None:
 
 
 def training_curves(
-    histories: Mapping[str, Sequence[Mapping]],
-    titles: Mapping[str, str] | None = None,
-    labels: tuple[str, str] = ("epoch", "loss"),
+    histories: Mapping[str, Sequence[Mapping]], titles: Mapping[str, str] | None = None, labels=("epoch", "loss")
 ) -> Figure:
     """Training and validation of every member of every fit (every `every`-th epoch), and the one that was kept."""
     with matplotlib.rc_context(STYLE):
@@ -306,8 +302,8 @@ def training_curves(
             values = np.concatenate([np.r_[h["train"], h["validation"]] for h in members])
             values = values[np.isfinite(values)]
             if len(values):
-                low, high = values.min(), np.percentile(values, 97)
-                axis.set_ylim(low - 0.08 * (high - low), high + 0.1 * (high - low))
+                low, margin = values.min(), np.percentile(values, 97) - values.min()
+                axis.set_ylim(low - 0.08 * margin, low + 1.1 * margin)
             axis.set(xlabel=labels[0], ylabel=labels[1], title=(titles or {}).get(name, name))
             axis.legend()
     return figure

@@ -18,6 +18,7 @@ from diffsbi.compression import (
     square_symmetry,
     torus_symmetry,
 )
+from diffsbi.simulators.fields import hartley
 
 N = 1500
 
@@ -35,12 +36,13 @@ class Scale(ds.AbstractSimulator):
 
 
 class Moments(eqx.Module):
-    """A network whose features hold the sufficient statistics."""
+    """Means of a learned function of the members, and the logarithm of their variance."""
 
     hidden: eqx.nn.Linear
 
     def __call__(self, x):
-        return jnp.mean(jax.vmap(lambda one: jax.nn.silu(self.hidden(one[None])))(x), 0)
+        learned = jnp.mean(jax.vmap(lambda one: jax.nn.silu(self.hidden(one[None])))(x), 0)
+        return jnp.concatenate([learned, jnp.log(jnp.mean((x - jnp.mean(x)) ** 2))[None]])
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +180,8 @@ def test_scores_of_a_shifted_map_are_its_own(x64):
     sim = ds.lsst_y10(n_pix=16, side_deg=1.25)
     theta, z, x = sim.draw_one(jax.random.key(0), sim.fiducial)
     shift = lambda a: jnp.roll(a, (3, 5), (1, 2))  # noqa: E731
-    np.testing.assert_allclose(sim.score(theta, shift(z), shift(x)), sim.score(theta, z, x), rtol=1e-6)
+    moved = hartley(shift(hartley(z)))  # latents are coefficients of the real Fourier basis
+    np.testing.assert_allclose(sim.score(theta, moved, shift(x)), sim.score(theta, z, x), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +189,9 @@ def small_survey():
     return ds.lsst_y10(n_pix=16, side_deg=2.0)
 
 
-def test_latent_scores_of_a_gaussian_are_its_marginal_score(linear, x64):
+def test_latent_scores_of_a_gaussian_are_its_marginal_score(x64):
     """There every latent in the whitened coordinate has the marginal score, without noise."""
+    linear = ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
     theta, x = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, -1.0, 0.2, 1.5])
     scores = LatentScores(linear, theta, rates=(0.5, 0.5))(x).reshape(3, 2)
     exact = linear.marginal_score(theta, x)
@@ -205,8 +209,8 @@ def test_latent_scores_are_joint_scores_at_their_latents(small_survey):
         sim.score(theta, transport.to_latents(state, xi, x)[0], x, latents="whitened") for xi in (origin, 0.1 * slope)
     ]
     scores = LatentScores(sim, theta, rates=(0.1,))
-    np.testing.assert_allclose(scores(x).reshape(2, -1), jnp.stack(exact), rtol=2e-3)
-    np.testing.assert_allclose(scores.many(x[None])[0], scores(x), rtol=1e-4)
+    np.testing.assert_allclose(scores(x).reshape(2, -1), jnp.stack(exact), rtol=2e-3, atol=5e-3)
+    np.testing.assert_allclose(scores.many(x[None])[0], scores(x), rtol=1e-3, atol=5e-3)
 
 
 def test_wrong_points_and_rates_are_told(small_survey):

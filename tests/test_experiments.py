@@ -8,7 +8,17 @@ import pytest
 from experiments.curves import simulations_saved
 
 QUICK = ("scores_lotka_volterra",)
-LONG = ("scores_two_moons", "maps", "two_moons", "score_noise", "scores_lensing", "misspecified", "sbibm_tasks", "imnn")
+LONG = (
+    "fishnets",
+    "imnn",
+    "maps",
+    "misspecified",
+    "sbibm_tasks",
+    "score_noise",
+    "scores_lensing",
+    "scores_two_moons",
+    "two_moons",
+)
 
 
 def run_twice(name, folder, capsys):
@@ -26,7 +36,7 @@ def test_the_small_preset_runs_and_resumes(name, tmp_path, capsys):
     assert len(second) <= len(first)
     tables = [text[text.index("C2ST") :] for text in (first, second) if "C2ST" in text]
     assert len(set(tables)) <= 1, "a run that is resumed must print the same table"
-    if name.startswith(("scores_two", "scores_lotka", "sbibm", "imnn")):
+    if name.startswith(("scores_two", "scores_lotka", "sbibm", "imnn", "fishnets")):
         figures = importlib.import_module(f"paper_figures.{name}").draw(tmp_path)
         assert figures and all(figure.axes for figure in (figures.values() if isinstance(figures, dict) else [figures]))
 

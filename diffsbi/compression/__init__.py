@@ -1,20 +1,39 @@
 """Data to a few numbers by trained networks, and by scores of the latents."""
 
+from diffsbi.compression.fishnet_fit import fit_fishnet, load_fishnet, save_fishnet
+from diffsbi.compression.fishnets import Fishnet, Information, set_loss, stream
+from diffsbi.compression.graphs import Aggregation, FisherAggregation, Graph, GraphFishnet
 from diffsbi.compression.imnn import IMNN
 from diffsbi.compression.latent_scores import LatentScores
 from diffsbi.compression.learned import Compressor, fit_compressor, load_compressor
 from diffsbi.compression.losses import LOSSES
 from diffsbi.compression.networks import MapNetwork, ResidualNetwork, square_symmetry, torus_symmetry
+from diffsbi.compression.sets import DeepSet, FisherSum, MemberNetwork, patches
 
 __all__ = [
     "IMNN",
     "LOSSES",
+    "Aggregation",
     "Compressor",
+    "DeepSet",
+    "FisherAggregation",
+    "FisherSum",
+    "Fishnet",
+    "Graph",
+    "GraphFishnet",
+    "Information",
     "LatentScores",
     "MapNetwork",
+    "MemberNetwork",
     "ResidualNetwork",
     "fit_compressor",
+    "fit_fishnet",
     "load_compressor",
+    "load_fishnet",
+    "patches",
+    "save_fishnet",
+    "set_loss",
     "square_symmetry",
+    "stream",
     "torus_symmetry",
 ]

@@ -147,18 +147,18 @@ def fit(
         try:
             step = _epoch(state, static, rows, validation, key_epoch, rates, loss, batches, has_measures)
             rows = rows_of(epoch)  # read while the step is computed
-            state, (train_value, train_measures), (value, measures) = step
-            train_value, value = float(train_value), float(value)
+            state, (of_train, train_measures), (of_validation, measures) = step
+            train_value, validated = float(of_train), float(of_validation)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             progressed.gave_up(epoch, f"Not enough memory {advice}", error)
             break
-        improved = progressed.record(epoch, train_value, value)
+        improved = progressed.record(epoch, train_value, validated)
         progressed.measure(train_measures, measures)
-        if improved or (keep == "last" and np.isfinite(value) and np.isfinite(train_value)):
+        if improved or (keep == "last" and np.isfinite(validated) and np.isfinite(train_value)):
             best = state[1]
-        bar.set_postfix(validation=f"{value:.3f}", best=f"{progressed.best:.3f}")
+        bar.set_postfix(validation=f"{validated:.3f}", best=f"{progressed.best:.3f}")
         if progressed.stop_reason:
             break
     return eqx.combine(best, static), progressed.history(batches)

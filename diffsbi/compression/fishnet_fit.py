@@ -1,0 +1,237 @@
+"""Fitting Fishnets (and baselines for sets) with the one training loop, and keeping them in files."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffsbi._files import write_atomically
+from diffsbi._types import Key, check_finite, check_key
+from diffsbi.compression.fishnets import Fishnet, set_loss
+from diffsbi.compression.sets import POOLS, AbstractSetNetwork, DeepSet, FisherSum, MemberNetwork, check_set
+from diffsbi.inference.training import History, fit, split_rows
+
+MAGIC = b"diffsbi-fishnet\n"
+VERSION = 1
+KINDS = ("fishnet", *POOLS)
+_SINGULAR = 1e-9  # smallest eigenvalue of the parameters' correlations
+
+
+def fit_fishnet(
+    key: Key,
+    theta,
+    x,
+    mask=None,
+    *,
+    network: str | AbstractSetNetwork = "fishnet",
+    form: str = "residual",
+    width: int = 32,
+    depth: int = 2,
+    split: bool = True,
+    start: bool = True,
+    validation: tuple | float = 0.1,
+    learning_rate: float = 3e-3,
+    **options,
+) -> tuple[Fishnet, History]:
+    r"""Train a `Fishnet` on sets `x (n_sets, n, *event)` of parameters `theta (n_sets, p)`.
+
+    Args:
+        key: Initial weights, order of the rows, how sets are split.
+        theta: Parameters; their mean is the fiducial, their covariance the prior's.
+        x: Members of every set, padded to the same number. Features that a score is a simple function of help: the
+            logarithm of a noise level rather than the level.
+        mask: True where there is a member, `(n_sets, n)`; None where all sets are full.
+        network: "fishnet", a deep set with "sum", "mean" or "max", or an `AbstractSetNetwork` of your own.
+        form: Of the members' Fisher matrices (`MemberNetwork`).
+        width: Hidden units.
+        depth: Hidden layers.
+        split: Whether random parts of a set are sets too (`set_loss`): members independent given theta.
+        start: First fit the linear map of a "residual" `FisherSum` alone: few weights, in seconds. The perceptron
+            then learns what is missing from it.
+        validation: A fraction of the sets, or `(theta, x, mask)` of others. Of n sets, the epoch that is kept has
+            Fisher matrices wrong by about $1/\sqrt{n p}$ at least, however many are trained on: keep many.
+        learning_rate: First step size.
+        options: Of `fit`: max_epochs, batch_size, patience, weight_decay, progress.
+
+    Returns:
+        The fishnet of the best epoch and the `History` of the last fit.
+
+    Raises:
+        ValueError: For shapes that do not fit, sets without members, non-finite members or parameters, and
+            validation sets that are training sets as well.
+    """
+    key_network, key_split, key_start, key_fit = jax.random.split(check_key(key), 4)
+    event = np.shape(x)[2:]
+    data = _checked(theta, x, mask, event)
+    if isinstance(validation, tuple):
+        theta, x, mask = (*validation, None)[:3]
+        train, held_out = data, _checked(theta, x, mask, event)
+        if held_out[0].shape[1] != train[0].shape[1]:
+            p, got = train[0].shape[1], held_out[0].shape[1]
+            raise ValueError(f"Expected validation with {p} parameters, as in training; got {got}.")
+    else:
+        chosen = split_rows(key_split, len(data[0]), validation)
+        train, held_out = (tuple(a[rows] for a in data) for rows in chosen)
+    _check_disjoint(train, held_out)
+    module = _build(key_network, network, int(np.prod(event)), train[0].shape[1], form, width, depth)
+    fishnet = _scaled(module, *train)
+    rows, others = _rows(fishnet, train, int(split)), _rows(fishnet, held_out, 2 * split)
+    options = {"batch_size": 32, "patience": 15, "max_epochs": 100} | options
+    module = fishnet.network
+    if start and isinstance(module, FisherSum) and module.member.form == "residual" and module.member.embed is None:
+        module = _linear_start(key_start, module, rows, others, options)
+    module, history = fit(key_fit, module, rows, others, set_loss, learning_rate=learning_rate, **options)
+    return eqx.tree_at(lambda f: f.network, fishnet, module), history
+
+
+def _linear_start(key, network: FisherSum, rows, others, options) -> FisherSum:
+    """The network with its linear map fitted alone, and a perceptron that begins at zero."""
+    member = network.member
+    bare = FisherSum(eqx.tree_at(lambda m: m.mlp, member, None))
+    bare, _ = fit(key, bare, rows, others, set_loss, learning_rate=2e-2, **options)
+    if member.mlp is None:
+        return bare
+    last = member.mlp.layers[-1]
+    zeros = (jnp.zeros_like(last.weight), jnp.zeros_like(last.bias))
+    mlp = eqx.tree_at(lambda m: (m.layers[-1].weight, m.layers[-1].bias), member.mlp, zeros)
+    return FisherSum(eqx.tree_at(lambda m: (m.linear, m.mlp), member, (bare.member.linear, mlp)))
+
+
+def _checked(theta, x, mask, event: tuple[int, ...]) -> tuple:
+    theta = np.asarray(theta)
+    if theta.ndim != 2 or len(theta) != np.shape(x)[0]:
+        raise ValueError(f"Expected theta of shape (sets, p) with {np.shape(x)[0]} sets, as x; got {theta.shape}.")
+    check_finite("theta", theta)
+    x, mask = check_set(x, mask, event, batch=True)
+    return jnp.asarray(theta, jnp.result_type(float)), x, mask
+
+
+def _check_disjoint(train, held_out) -> None:
+    def digests(data):
+        return [hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in row)).digest() for row in zip(*data)]  # noqa: B905
+
+    shared = set(digests([np.asarray(a) for a in train])) & set(digests([np.asarray(a) for a in held_out]))
+    if shared:
+        raise ValueError(
+            f"Expected validation sets that are not trained on; {len(shared)} of {len(held_out[0])} are among the "
+            "training sets, and the fit would not notice when it memorises. Simulate others, or give a fraction."
+        )
+
+
+def _build(key, network, n_in, dim, form, width, depth) -> AbstractSetNetwork:
+    if isinstance(network, AbstractSetNetwork):
+        return network
+    if network not in KINDS:
+        raise ValueError(f"Expected network to be one of {list(KINDS)} or an AbstractSetNetwork; got {network!r}.")
+    if network == "fishnet":
+        return FisherSum(MemberNetwork(key, n_in, dim, width=width, depth=depth, form=form))  # type: ignore[arg-type]
+    return DeepSet(key, n_in, dim, network, width=width, depth=depth)
+
+
+def _scaled(network, theta, x, mask) -> Fishnet:
+    """The fishnet with its standardisation, in float64 until the end."""
+    members = np.asarray(x, float)[np.asarray(mask)]
+    scale = members.std(0)
+    theta = np.asarray(theta, float)
+    unit = theta.std(0, ddof=1)
+    if not (unit > 0).all() or np.linalg.eigvalsh(np.atleast_2d(np.corrcoef(theta.T))).min() < _SINGULAR:
+        raise ValueError(
+            "Expected parameters that all vary, none a combination of others; their covariance is singular. "
+            "Leave the superfluous ones out of theta."
+        )
+    root = np.linalg.cholesky(np.atleast_2d(np.cov(theta.T)))
+    numbers = (members.mean(0), np.where(scale > 0, scale, 1.0), theta.mean(0), root)
+    return Fishnet(network, *(jnp.asarray(a, jnp.result_type(float)) for a in numbers))
+
+
+def _rows(fishnet: Fishnet, data: tuple, split: int) -> dict[str, Any]:
+    theta, x, mask = data
+    shift = theta - jnp.broadcast_to(fishnet.fiducial, theta.shape)
+    u = jax.scipy.linalg.solve_triangular(fishnet.root, shift.T, lower=True).T
+    return {"u": u, "x": fishnet.standardised(x, mask), "mask": mask, "split": jnp.full(len(u), split)}
+
+
+def save_fishnet(fishnet: Fishnet, path) -> None:
+    """Write a fishnet: a JSON header with its architecture, a checksum and the arrays; no pickle."""
+    buffer = io.BytesIO()
+    eqx.tree_serialise_leaves(buffer, fishnet)
+    payload = buffer.getvalue()
+    header: dict[str, Any] = {
+        "version": VERSION,
+        "architecture": _architecture(fishnet.network),
+        "event": list(fishnet.x_loc.shape),
+    }
+    header |= {"dtype": str(fishnet.root.dtype), "dim": len(fishnet.fiducial), "shapes": _shapes(fishnet)}
+    header |= {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    write_atomically(Path(path), MAGIC + json.dumps(header).encode() + b"\n" + payload)
+
+
+def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
+    """Read what `save_fishnet` wrote.
+
+    Args:
+        path: The file.
+        network: A network of the same architecture (its weights do not matter); needed where it is your own.
+
+    Raises:
+        ValueError: Naming what is wrong: not such a file, another version, damaged, another precision or architecture.
+    """
+    header, payload = _read(Path(path))
+    if header["dtype"] != str(jnp.dtype(jnp.result_type(float))):
+        here = jnp.dtype(jnp.result_type(float))
+        raise ValueError(f"Expected floats of {here}, the precision JAX is set to; {path} has {header['dtype']}.")
+    event, dim, architecture = tuple(header["event"]), header["dim"], header["architecture"]
+    if network is None:
+        if architecture is None:
+            raise ValueError(f"Expected network=..., the architecture that {path} was fitted with: it is your own.")
+        network = _build(jax.random.key(0), n_in=int(np.prod(event)), dim=dim, **architecture)
+    elif architecture is not None and _architecture(network) != architecture:
+        raise ValueError(f"Expected a network of {architecture}, as in {path}; got {_architecture(network)}.")
+    like = Fishnet(network, jnp.zeros(event), jnp.ones(event), jnp.zeros(dim), jnp.eye(dim))
+    if _shapes(like) != header["shapes"]:
+        differ = [f"{a} there, {b} here" for a, b in zip(header["shapes"], _shapes(like), strict=False) if a != b]
+        counts = f"{len(header['shapes'])} arrays there, {len(_shapes(like))} here"
+        raise ValueError(f"Expected the architecture of {path}; the arrays differ: {(differ or [counts])[0]}.")
+    return eqx.tree_deserialise_leaves(io.BytesIO(payload), like)
+
+
+def _architecture(network) -> dict[str, Any] | None:
+    """Arguments of `_build`; None for a network of the user's own."""
+    if type(network) is FisherSum and type(network.member) is MemberNetwork and network.member.embed is None:
+        sizes = _sizes(network.member.mlp)
+        return {"network": "fishnet", "form": network.member.form} | sizes
+    if type(network) is DeepSet:
+        return {"network": network.pool, "form": "residual"} | _sizes(network.encoder)
+    return None
+
+
+def _sizes(mlp: eqx.nn.MLP | None) -> dict[str, int]:
+    return {"width": 1, "depth": 0} if mlp is None else {"width": mlp.width_size, "depth": mlp.depth}
+
+
+def _shapes(fishnet) -> list[list[int]]:
+    return [list(leaf.shape) for leaf in jax.tree.leaves(eqx.filter(fishnet, eqx.is_array))]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    content = path.read_bytes()
+    if not content.startswith(MAGIC):
+        raise ValueError(f"Expected a fishnet in {path}; it starts with {content[:16]!r}.")
+    head, found, payload = content[len(MAGIC) :].partition(b"\n")
+    try:
+        header = json.loads(head) if found else None
+    except ValueError:
+        header = None
+    if header is None:
+        raise ValueError(f"Expected a complete header in {path}; the file is truncated or damaged.")
+    if header.get("version") != VERSION:
+        raise ValueError(f"Expected version {VERSION} of the fishnet format in {path}; got {header.get('version')}.")
+    if len(payload) != header["bytes"] or hashlib.sha256(payload).hexdigest() != header["sha256"]:
+        raise ValueError(f"Expected {header['bytes']} bytes with the checksum of {path}; its arrays are damaged.")
+    return header, payload
