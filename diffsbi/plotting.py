@@ -193,7 +193,6 @@ def curves(
 
     Args:
         rows: (curve, x, y, standard error of y).
-        xlabel, ylabel: Labels of x and y.
         levels: Name → height of a dashed line.
         log_y, log_x: Whether y and x are logarithmic.
         ticks: Names of x = 0, 1, ...; points are then not joined.
@@ -208,11 +207,12 @@ def curves(
         for name, level in levels.items():
             axis.axhline(level, color="0.4", lw=0.8, ls="--")
             axis.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        xscale, yscale = ("log" if log else "linear" for log in (log_x, log_y))
-        axis.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+        axis.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
         axis.legend()
-        if ticks:
-            axis.set_xticks(range(len(ticks)), ticks)
+        places = list(range(len(ticks))) or sorted({row[1] for row in rows})
+        if ticks or (log_x and len(places) < 10):
+            axis.set_xticks(places, ticks or [f"{x:g}" for x in places])
+            axis.set_xticks([], minor=True)
     return figure
 
 
