@@ -108,12 +108,12 @@ def test_the_score_term_needs_no_correction(linear, observed):
 
     none = jnp.zeros(2)
     under_prior = [exact(t, d, none) for t, d in zip(theta, x, strict=True)]
-    np.testing.assert_allclose(fitted._unconstrained_rows()["score"], under_prior, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(fitted._unconstrained_rows().columns["score"], under_prior, rtol=2e-3, atol=2e-3)
     reweighted = estimator(linear, observed, "reweight", n=20)
     proposal = Proposals(linear.prior, (shifted(linear, observed),), (1.0,))
     swap = proposal.score(jnp.asarray(theta)) - prior_score(linear.prior, jnp.asarray(theta))
     under_proposal = [exact(t, d, s) for t, d, s in zip(theta, x, swap, strict=True)]
-    np.testing.assert_allclose(reweighted._unconstrained_rows()["score"], under_proposal, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(reweighted._unconstrained_rows().columns["score"], under_proposal, rtol=2e-3, atol=2e-3)
 
 
 def test_reweighted_draws_are_distinct_and_many_data_have_their_own(linear, observed):
