@@ -1,9 +1,6 @@
 """Fitting Fishnets (and baselines for sets) with the one training loop, and keeping them in files."""
 
 import hashlib
-import io
-import json
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -11,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsbi._files import write_atomically
 from diffsbi._types import Key, check_finite, check_key
 from diffsbi.compression.fishnets import Fishnet, set_loss
+from diffsbi.compression.saving import load_module, read_header, save_module
 from diffsbi.compression.sets import POOLS, AbstractSetNetwork, DeepSet, FisherSum, MemberNetwork, check_set
 from diffsbi.inference.training import History, fit, split_rows
 
-MAGIC = b"diffsbi-fishnet\n"
-VERSION = 1
+KIND = "fishnet"
 KINDS = ("fishnet", *POOLS)
 _SINGULAR = 1e-9  # smallest eigenvalue of the parameters' correlations
 
@@ -159,17 +155,8 @@ def _rows(fishnet: Fishnet, data: tuple, split: int) -> dict[str, Any]:
 
 def save_fishnet(fishnet: Fishnet, path) -> None:
     """Write a fishnet: a JSON header with its architecture, a checksum and the arrays; no pickle."""
-    buffer = io.BytesIO()
-    eqx.tree_serialise_leaves(buffer, fishnet)
-    payload = buffer.getvalue()
-    header: dict[str, Any] = {
-        "version": VERSION,
-        "architecture": _architecture(fishnet.network),
-        "event": list(fishnet.x_loc.shape),
-    }
-    header |= {"dtype": str(fishnet.root.dtype), "dim": len(fishnet.fiducial), "shapes": _shapes(fishnet)}
-    header |= {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-    write_atomically(Path(path), MAGIC + json.dumps(header).encode() + b"\n" + payload)
+    header = {"architecture": _architecture(fishnet.network), "event": list(fishnet.x_loc.shape)}
+    save_module(path, KIND, fishnet, header | {"dtype": str(fishnet.root.dtype), "dim": len(fishnet.fiducial)})
 
 
 def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
@@ -182,7 +169,7 @@ def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
     Raises:
         ValueError: Naming what is wrong: not such a file, another version, damaged, another precision or architecture.
     """
-    header, payload = _read(Path(path))
+    header, about, payload = read_header(path, KIND)
     if header["dtype"] != str(jnp.dtype(jnp.result_type(float))):
         here = jnp.dtype(jnp.result_type(float))
         raise ValueError(f"Expected floats of {here}, the precision JAX is set to; {path} has {header['dtype']}.")
@@ -194,11 +181,7 @@ def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
     elif architecture is not None and _architecture(network) != architecture:
         raise ValueError(f"Expected a network of {architecture}, as in {path}; got {_architecture(network)}.")
     like = Fishnet(network, jnp.zeros(event), jnp.ones(event), jnp.zeros(dim), jnp.eye(dim))
-    if _shapes(like) != header["shapes"]:
-        differ = [f"{a} there, {b} here" for a, b in zip(header["shapes"], _shapes(like), strict=False) if a != b]
-        counts = f"{len(header['shapes'])} arrays there, {len(_shapes(like))} here"
-        raise ValueError(f"Expected the architecture of {path}; the arrays differ: {(differ or [counts])[0]}.")
-    return eqx.tree_deserialise_leaves(io.BytesIO(payload), like)
+    return load_module(path, about, payload, like)
 
 
 def _architecture(network) -> dict[str, Any] | None:
@@ -213,25 +196,3 @@ def _architecture(network) -> dict[str, Any] | None:
 
 def _sizes(mlp: eqx.nn.MLP | None) -> dict[str, int]:
     return {"width": 1, "depth": 0} if mlp is None else {"width": mlp.width_size, "depth": mlp.depth}
-
-
-def _shapes(fishnet) -> list[list[int]]:
-    return [list(leaf.shape) for leaf in jax.tree.leaves(eqx.filter(fishnet, eqx.is_array))]
-
-
-def _read(path: Path) -> tuple[dict[str, Any], bytes]:
-    content = path.read_bytes()
-    if not content.startswith(MAGIC):
-        raise ValueError(f"Expected a fishnet in {path}; it starts with {content[:16]!r}.")
-    head, found, payload = content[len(MAGIC) :].partition(b"\n")
-    try:
-        header = json.loads(head) if found else None
-    except ValueError:
-        header = None
-    if header is None:
-        raise ValueError(f"Expected a complete header in {path}; the file is truncated or damaged.")
-    if header.get("version") != VERSION:
-        raise ValueError(f"Expected version {VERSION} of the fishnet format in {path}; got {header.get('version')}.")
-    if len(payload) != header["bytes"] or hashlib.sha256(payload).hexdigest() != header["sha256"]:
-        raise ValueError(f"Expected {header['bytes']} bytes with the checksum of {path}; its arrays are damaged.")
-    return header, payload

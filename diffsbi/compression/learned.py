@@ -1,11 +1,7 @@
 r"""Compression by a network that is trained on simulations: $x \to t(x)$, one number for each parameter."""
 
 import dataclasses
-import hashlib
-import io
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -13,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsbi._files import write_atomically
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.compression.losses import LOSSES, AbstractLoss
+from diffsbi.compression.saving import load_module, read_header, save_module
 from diffsbi.inference.losses import likelihood_score, score_outliers
 from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.standardise import ridge_regression, whitening
@@ -23,7 +19,7 @@ from diffsbi.inference.training import History, fit, split_rows
 from diffsbi.prior import Prior
 
 SMALLEST_N = 20
-_MAGIC = b"diffsbi-compressor\n"
+_KIND = "diffsbi compressor"
 _BOUND = 5.0  # of a whitened feature
 _ROWS = 64  # rows that a network takes at once, outside training
 Augment = Callable[[Key, Any], Any]
@@ -73,13 +69,8 @@ class Compressor(eqx.Module):
 
     def save(self, path) -> None:
         """Write the arrays with a checksum; `load_compressor` reads them into a network of the same architecture."""
-        buffer = io.BytesIO()
-        bare = dataclasses.replace(self, history=None)
-        eqx.tree_serialise_leaves(buffer, bare)
-        payload = buffer.getvalue()
-        header = {"shapes": _shapes(bare), "bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-        header |= {"features": len(self.loc), "parameters": len(self.lower), "n_simulations": self.n_simulations}
-        write_atomically(Path(path), _MAGIC + json.dumps(header).encode() + b"\n" + payload)
+        sizes = {"features": len(self.loc), "parameters": len(self.lower), "n_simulations": self.n_simulations}
+        save_module(path, _KIND, dataclasses.replace(self, history=None), sizes)
 
 
 def load_compressor(path, network) -> Compressor:
@@ -88,23 +79,9 @@ def load_compressor(path, network) -> Compressor:
     Raises:
         ValueError: For another kind of file, a damaged one, or another architecture, naming the first difference.
     """
-    content = Path(path).read_bytes()
-    if not content.startswith(_MAGIC):
-        raise ValueError(f"Expected a diffsbi compressor in {path}; it starts with {content[:18]!r}.")
-    line, _, payload = content[len(_MAGIC) :].partition(b"\n")
-    try:
-        header = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Expected a complete header in {path}; the file is truncated or damaged.") from error
-    if len(payload) != header["bytes"] or hashlib.sha256(payload).hexdigest() != header["sha256"]:
-        raise ValueError(f"Expected {header['bytes']} undamaged bytes of arrays in {path}; got {len(payload)}.")
+    header, about, payload = read_header(path, _KIND)
     like = _empty(jax.random.key(0), network, header["features"], header["parameters"])
-    differing = [f"{a} in the file, {b} here" for a, b in zip(header["shapes"], _shapes(like), strict=False) if a != b]
-    if differing or len(header["shapes"]) != len(_shapes(like)):
-        first = differing[0] if differing else f"{len(header['shapes'])} arrays in the file, {len(_shapes(like))} here"
-        raise ValueError(f"Expected the architecture that was saved in {path}; they differ: {first}.")
-    loaded = eqx.tree_deserialise_leaves(io.BytesIO(payload), like)
-    return dataclasses.replace(loaded, n_simulations=header["n_simulations"])
+    return dataclasses.replace(load_module(path, about, payload, like), n_simulations=header["n_simulations"])
 
 
 def fit_compressor(
@@ -280,11 +257,6 @@ def _empty(key: Key, network, n_features: int, dim: int, width: int = 64) -> Com
     correction = eqx.tree_at(last, correction, replace_fn=jnp.zeros_like)
     zeros = (jnp.zeros(n_features), jnp.eye(n_features), jnp.zeros((dim, n_features)))
     return Compressor(network, *zeros, correction, jnp.eye(dim))
-
-
-def _shapes(tree) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_array))
-    return [f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
 
 
 @eqx.filter_jit

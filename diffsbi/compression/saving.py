@@ -38,7 +38,7 @@ def read_header(path, kind: str) -> tuple[dict[str, Any], dict[str, Any], bytes]
     path = Path(path)
     start, _, content = path.read_bytes().partition(MAGIC)
     if start or not content:
-        raise ValueError(f"Expected a file written by diffsbi's compression in {path}; it is another one.")
+        raise ValueError(f"Expected a {kind} in {path}; it is another one.")
     first, _, payload = content.partition(b"\n")
     try:
         about = json.loads(first)
@@ -47,7 +47,9 @@ def read_header(path, kind: str) -> tuple[dict[str, Any], dict[str, Any], bytes]
     if (about["version"], about["kind"]) != (VERSION, kind):
         raise ValueError(f"Expected {kind} of version {VERSION} in {path}; got {about['kind']} of {about['version']}.")
     if len(payload) != about["bytes"] or hashlib.sha256(payload).hexdigest() != about["sha256"]:
-        raise ValueError(f"Expected {about['bytes']} intact bytes of arrays in {path}; they are truncated or altered.")
+        raise ValueError(
+            f"Expected {about['bytes']} undamaged bytes of arrays in {path}; they are truncated or altered."
+        )
     return about["header"], about, payload
 
 
@@ -62,8 +64,8 @@ def load_module(path, about: dict[str, Any], payload: bytes, like):
         pairs = zip(about["arrays"] + [None] * len(here), here + [None] * len(about["arrays"]), strict=False)
         there, given = next((a, b) for a, b in pairs if a != b)
         raise ValueError(
-            f"Expected the architecture that was saved in {path}; the first array that differs is {_words(there)} "
-            f"there and {_words(given)} here. Build the network with the settings it was trained with."
+            f"Expected the architecture that was saved in {path}; the arrays differ, first {_words(there)} there and "
+            f"{_words(given)} here. Build the network with the settings it was trained with."
         )
     return eqx.tree_deserialise_leaves(io.BytesIO(payload), like)
 
