@@ -25,13 +25,13 @@ import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.compression import LatentScores
-from diffsbi.diagnostics import c2st, compare_moments, sbc_ranks, sbc_test, tarp
+from diffsbi.diagnostics import sbc_ranks, sbc_test, tarp
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.runs import start_run
-from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
+from diffsbi.sampling import load_chains
 from experiments import command_line
 from experiments.curves import print_saved, print_table
-from experiments.lensing import compress, summarised
+from experiments.lensing import compress, distances, reference, spectrum, summarised
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
 STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
@@ -97,11 +97,12 @@ def main(cfg: Config, out: Path) -> None:
     sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
     run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
     x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
-    run.once("reference", lambda folder: _reference(cfg, sim, x, run, folder))
+    chains = dict(until_ess=cfg.ess, n_samples=cfg.n_draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
+    run.once("reference", lambda folder: reference(sim, x, run.key("reference"), folder, **chains))
     chain = load_chains(run.path("reference")).flat()
     proposal = None
     if cfg.proposal == "spectrum":
-        run.once("spectrum", lambda folder: _spectrum(cfg, sim, x, run, folder))
+        run.once("spectrum", lambda folder: spectrum(sim, x, run.key("spectrum"), folder))
         proposal = ds.gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
     summary = _summary(cfg, sim, proposal, run)
     observed = summary(jnp.asarray(x))
@@ -122,7 +123,7 @@ def main(cfg: Config, out: Path) -> None:
             if n in cfg.coverage_n:
                 write_npz(path.with_suffix(".npz"), _at_observations(cfg, posterior, proposal, many, seed, key))
             theta = _draws(posterior, key, cfg.n_samples, observed)
-            write_json(path, _distances(theta, references, sim.names, seed))
+            write_json(path, distances(theta, references, sim.names, seed))
         rows.append(read_json(path) | dict(estimator=name, score=_name(kind), n=n, seed=seed))
     limit = run.account("given_summaries")
     fitted = dict.fromkeys((r["n"], r["score"], r["estimator"]) for r in rows if r["n"] in cfg.coverage_n)
@@ -152,19 +153,6 @@ def _check_sizes(cfg: Config) -> None:
 
 def _name(kind: tuple[str, int] | None) -> str:
     return "none" if kind is None else f"{kind[0]}_{kind[1]}"
-
-
-def _reference(cfg: Config, sim, x, run, folder: Path) -> dict:
-    settings = dict(until_ess=cfg.ess, n_samples=cfg.n_draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
-    chains = full_field_posterior(sim, x, run.key("reference"), folder=folder / "blocks", progress=True, **settings)
-    chains.save(folder)
-    return {"gradients": chains.gradients}
-
-
-def _spectrum(cfg: Config, sim, x, run, folder: Path) -> dict:
-    chains = power_spectrum_posterior(sim, x, run.key("spectrum"), progress=True)
-    chains.save(folder)
-    return {}
 
 
 def _summary(cfg: Config, sim, proposal, run):
@@ -269,15 +257,8 @@ def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, fol
     key = run.key("given_summaries")
     theta, other = (_draws(_posterior(cfg, sim, e, proposal, arrays, key), key, n, observed) for e in (ds.NLE, ds.NPE))
     np.savez(folder / "samples.npz", theta=theta)
-    account = _distances(theta, {"c2st": chain, "c2st_npe": other}, sim.names, 0)
+    account = distances(theta, {"c2st": chain, "c2st_npe": other}, sim.names, 0)
     return account | {"simulations": cfg.n_reference}
-
-
-def _distances(theta, references: dict[str, np.ndarray], names, seed: int) -> dict:
-    moments = compare_moments(theta, references["c2st"], names)
-    distances = {name: c2st(theta, to, seed=seed, duplicates="drop").value for name, to in references.items()}
-    shift, width = (np.asarray(a).tolist() for a in (moments.shift, moments.width_ratio))
-    return distances | dict(shift=shift, width_ratio=width)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import diffsbi as ds
 from diffsbi.compression import (
     LOSSES,
+    HybridNetwork,
     LatentScores,
     MapNetwork,
     ResidualNetwork,
@@ -163,6 +164,15 @@ def test_adapted_networks_have_unit_variance_in_any_unit(x64):
     np.testing.assert_allclose(jnp.std(first, (0, 2, 3)), 1, rtol=1e-9)
     scaled = MapNetwork(jax.random.key(1), 3, (4, 6)).adapted(7 * x)
     np.testing.assert_allclose(scaled(7 * x[0]), made(x[0]), rtol=1e-9)
+
+
+def test_a_hybrid_has_the_networks_features_beside_the_numbers(x64):
+    x = 1e-3 * jax.random.normal(jax.random.key(0), (40, 3, 16, 16)), jax.random.normal(jax.random.key(2), (40, 4))
+    inner = MapNetwork(jax.random.key(1), 3, (4, 6))
+    made = HybridNetwork(inner).adapted(x)((x[0][0], x[1][0]))
+    np.testing.assert_allclose(made, jnp.concatenate([inner.adapted(x[0])(x[0][0]), x[1][0]]), rtol=1e-12)
+    residual = HybridNetwork(ResidualNetwork(jax.random.key(1), 3, width=4, levels=2, blocks=1))
+    assert residual.adapted(x)((x[0][0], x[1][0])).shape == (8 + 4,)
 
 
 @pytest.mark.parametrize("symmetry", [torus_symmetry, square_symmetry])

@@ -7,7 +7,7 @@ from diffsbi.compression.imnn import IMNN
 from diffsbi.compression.latent_scores import LatentScores
 from diffsbi.compression.learned import Compressor, fit_compressor, load_compressor
 from diffsbi.compression.losses import LOSSES
-from diffsbi.compression.networks import MapNetwork, ResidualNetwork, square_symmetry, torus_symmetry
+from diffsbi.compression.networks import HybridNetwork, MapNetwork, ResidualNetwork, square_symmetry, torus_symmetry
 from diffsbi.compression.sets import DeepSet, FisherSum, MemberNetwork, patches
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Fishnet",
     "Graph",
     "GraphFishnet",
+    "HybridNetwork",
     "Information",
     "LatentScores",
     "MapNetwork",

@@ -102,6 +102,23 @@ class ResidualNetwork(eqx.Module):
         return jnp.mean(jax.nn.silu(x), (1, 2))
 
 
+class HybridNetwork(eqx.Module):
+    """(map, numbers of it) → the features of `network` beside the numbers, such as binned spectra.
+
+    Whitened together and read out by one regression, training spends the network on what the numbers lack. Numbers that
+    do not change under a symmetry are computed once: augment with `lambda key, x: (torus_symmetry(key, x[0]), x[1])`.
+    """
+
+    network: MapNetwork | ResidualNetwork
+
+    def __call__(self, x: tuple[Float[Array, "bins n n"], Float[Array, " k"]]) -> Float[Array, " features"]:
+        return jnp.concatenate([self.network(x[0]), x[1]])
+
+    def adapted(self, x) -> "HybridNetwork":
+        """With the network scaled to the maps, where it can be."""
+        return HybridNetwork(self.network.adapted(x[0])) if isinstance(self.network, MapNetwork) else self
+
+
 def torus_symmetry(key: Key, x: Float[Array, "bins n n"]) -> Float[Array, "bins n n"]:
     """The map shifted, reflected and turned at random: as likely as itself at every theta, so a row of its own.
 

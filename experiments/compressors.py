@@ -1,0 +1,251 @@
+"""Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and three others.
+
+One simulated LSST-Y10 map, parameters from its power-spectrum posterior. Every loss trains the same convolutional
+network on the same `n` simulations; "imnn" spends them at the proposal's centre, a derivative counted as p of them.
+"hybrid" is that network beside binned spectra, moments and peaks, "statistics" those alone, both by the VMIM loss;
+"latent_scores" needs neither network nor simulation. Then NPE learns the posterior of the compressed numbers from
+`n_inference` other simulations, the same ones for each, without scores.
+
+Compared are the mean log-density of the parameters of `n_test` further simulations given their numbers (information,
+in nats), and for the one map C2ST and figures of merit against the converged full-field chain.
+"""
+
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+
+import diffsbi as ds
+from diffsbi import summaries
+from diffsbi._files import load_npz, read_json, write_json, write_npz
+from diffsbi.compression import IMNN, HybridNetwork, LatentScores, MapNetwork, fit_compressor, torus_symmetry
+from diffsbi.diagnostics import figure_of_merit
+from diffsbi.runs import start_run
+from diffsbi.sampling import load_chains
+from experiments import command_line
+from experiments.curves import print_table
+from experiments.lensing import distances, reference, spectrum
+
+LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
+OTHERS = ("hybrid", "statistics", "latent_scores")
+PAIRS = (("omega_c", "sigma_8"), ("omega_c", "w_0"), ("sigma_8", "w_0"))
+STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """`n_average`: draws of the latents in a score; `imnn_share`: of the n that are for derivatives; rest: training."""
+
+    n_pix: int = 64
+    widen: float = 1.25
+    compressors: tuple[str, ...] = LOSSES + OTHERS
+    n: tuple[int, ...] = (500, 2000)
+    n_inference: int = 2000
+    n_test: int = 500
+    seeds: int = 3
+    channels: tuple[int, ...] = (8, 16, 32, 32)
+    n_average: int = 4
+    epochs: int = 15
+    learning_rate: float = 2e-3
+    imnn_share: float = 0.4
+    imnn_steps: int = 40
+    n_samples: int = 4000
+    members: int = 2
+    ess: float = 600.0
+    n_warmup: int = 200
+    n_draws: int = 10_000
+    n_chains: int = 4
+    seed: int = 0
+
+
+PRESETS = {
+    "smoke": Config(
+        16, compressors=("vmim", "imnn", "hybrid", "latent_scores"), n=(240,), n_inference=60, n_test=40, seeds=1,
+        channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
+        ess=20, n_warmup=60, n_draws=60, n_chains=2,
+    ),
+    "paper": Config(),
+}  # fmt: skip
+
+
+class Numbers(eqx.Module):
+    """(map, numbers) → the numbers: the hybrid without its network."""
+
+    def __call__(self, x):
+        return x[1]
+
+
+class Readout(eqx.Module):
+    """Features → as many numbers as parameters, for the IMNN: linear, first the best that untrained features give."""
+
+    network: eqx.Module
+    loc: jax.Array
+    linear: jax.Array
+
+    def __call__(self, x):
+        return self.linear @ (self.network(x) - jax.lax.stop_gradient(self.loc))
+
+
+def main(cfg: Config, out: Path) -> None:
+    """Run what is missing, write `compressors.json`, print the tables."""
+    unknown = set(cfg.compressors) - {*LOSSES, *OTHERS}
+    if unknown:
+        raise ValueError(f"Expected compressors among {LOSSES + OTHERS}; got {sorted(unknown)}.")
+    sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
+    run = start_run(out, {"name": "compressors"} | dataclasses.asdict(cfg), STAGES)
+    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
+    chains = dict(until_ess=cfg.ess, n_samples=cfg.n_draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
+    run.once("reference", lambda folder: reference(sim, x, run.key("reference"), folder, **chains))
+    run.once("spectrum", lambda folder: spectrum(sim, x, run.key("spectrum"), folder))
+    chain = load_chains(run.path("reference")).flat()
+    proposal = ds.gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
+    rows = []
+    for n, seed in itertools.product(sorted(cfg.n, reverse=True), range(cfg.seeds)):
+        data = None
+        for name in cfg.compressors:
+            if name == "latent_scores" and n != max(cfg.n):
+                continue  # uses none of them
+            path = out / "fits" / f"{name}_{n}_{seed}.json"
+            if not path.exists():
+                data = data or _data(cfg, sim, proposal, run, seed)
+                print(path.stem, flush=True)
+                row, theta = _fit(cfg, sim, proposal, run, data, x, chain, name, n, seed)
+                write_npz(path.with_suffix(".npz"), {"theta": theta})
+                write_json(path, row)
+            rows.append(read_json(path) | dict(compressor=name, n=n, seed=seed))
+    write_json(out / "compressors.json", dict(rows=rows, names=sim.names, truth=np.asarray(sim.fiducial).tolist()))
+    columns = {
+        "log_density": "Mean log-density of the parameters of test simulations, nats",
+        "c2st": "C2ST against the full field",
+        **{f"merit_{a}_{b}": f"Figure of merit {a}, {b}: share of the full field's" for a, b in PAIRS},
+        "seconds": "Seconds of training",
+    }
+    for value, title in columns.items():
+        print(f"\n{title}: mean and standard error over {cfg.seeds} seeds")
+        print_table(rows, ("compressor",), value)
+
+
+def _data(cfg: Config, sim, proposal, run, seed: int) -> dict:
+    """Simulations of one seed; scores, which take longest, are kept in blocks, maps are drawn again when needed."""
+    most, key = max(cfg.n), jax.random.fold_in(run.key("simulations"), seed)
+    sizes = {"train": most, "inference": cfg.n_inference, "test": cfg.n_test}
+    statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
+    data = {}
+    for i, (name, count) in enumerate(sizes.items()):
+        key_theta, key_draw = jax.random.split(jax.random.fold_in(key, i))
+        theta = proposal.sample(key_theta, (count,))
+        draws = sim.draw(key_draw, count, theta, with_score=False)
+        numbers = np.asarray(jax.lax.map(statistics, draws.x, batch_size=50))
+        data[name] = dict(theta=np.asarray(theta), x=(np.asarray(draws.x), numbers))
+        if name == "train" and {"vmim", "score", "hybrid", "statistics"} & set(cfg.compressors):
+            data[name]["score"] = _scores(cfg, sim, run, seed, key_draw, theta)
+    return data
+
+
+def _scores(cfg: Config, sim, run, seed: int, key, theta, size: int = 100) -> np.ndarray:
+    """Scores of the simulations that `key` makes."""
+    options = dict(latents="whitened", n_average=cfg.n_average)
+    if cfg.n_average > 1:
+        options["n_steps"] = sim.averaging_steps(run.key("scores"), "whitened")
+    parts = []
+    for start in range(0, len(theta), size):
+        path = run.folder / "scores" / f"{seed}_{start:06d}.npz"
+        if not path.exists():
+            print(f"scored simulations: {start} of {len(theta)}", flush=True)
+            rows = theta[start : start + size]
+            path.parent.mkdir(exist_ok=True)
+            write_npz(path, {"score": np.asarray(sim.draw(key, len(rows), rows, start=start, **options).score)})
+        parts.append(load_npz(path)["score"])
+    return np.concatenate(parts)
+
+
+def _fit(cfg: Config, sim, proposal, run, data, x, chain, name: str, n: int, seed: int) -> tuple[dict, np.ndarray]:
+    """Compress by `name` from n simulations, infer, compare."""
+    statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
+    key = jax.random.fold_in(run.key("fits"), 1000 * seed + n)
+    start = time.perf_counter()
+    compress, simulations, epochs = _compressor(cfg, sim, proposal, run, data["train"], name, n, seed)
+    seconds = time.perf_counter() - start
+    t, t_test = (np.asarray(compress(data[part]["x"])) for part in ("inference", "test"))
+    observed = np.asarray(compress((x[None], statistics(x)[None])))[0]
+    posterior = ds.NPE(sim.prior).append(data["inference"]["theta"], t, proposal=proposal)
+    posterior = posterior.fit(jax.random.split(key)[0], members=cfg.members)
+    log_density = posterior.under_proposal().log_prob(jnp.asarray(data["test"]["theta"]), jnp.asarray(t_test))
+    theta = np.asarray(posterior.sample(jax.random.split(key)[1], cfg.n_samples, observed))
+    row = dict(log_density=float(jnp.mean(log_density)), seconds=seconds, simulations=simulations, epochs=epochs)
+    row |= distances(theta[: cfg.n_samples // 2], {"c2st": chain}, sim.names, seed)
+    merits = [figure_of_merit(samples, sim.names, PAIRS) for samples in (theta, chain)]
+    return row | {f"merit_{a}_{b}": merits[0][a, b] / merits[1][a, b] for a, b in PAIRS}, theta
+
+
+def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: int):
+    """(function of rows of (map, numbers), simulations it took, epochs)."""
+    centre = sim.prior.from_unconstrained(proposal.loc)
+    if name == "latent_scores":
+        scores = LatentScores(sim, centre, rates=(0.1,))
+        return lambda x: scores.many(x[0])[:, -sim.prior.dim :], 0, 0
+    network = MapNetwork(jax.random.fold_in(run.key("network"), seed), sim.n_bins, cfg.channels)
+    key = jax.random.fold_in(run.key("compress"), 1000 * seed + n)
+    if name == "imnn":
+        fitted, simulations = _imnn(cfg, sim, centre, network, run, n, seed, key)
+        return lambda x: fitted(x[0]), simulations, len(fitted.history.train)
+    both = name in ("hybrid", "statistics")
+    rows = jax.tree.map(lambda a: a[:n], train if both else train | {"x": train["x"][0]})
+    network = {"hybrid": HybridNetwork(network), "statistics": Numbers()}.get(name, network)
+    fitted = fit_compressor(
+        key, network, rows["theta"], rows["x"], rows["score"] if name in ("vmim", "score") or both else None,
+        prior=sim.prior, proposal=proposal, loss="vmim" if both else name, augment=_turned if both else torus_symmetry,
+        max_epochs=cfg.epochs, patience=max(2, cfg.epochs // 3), learning_rate=cfg.learning_rate,
+    )  # fmt: skip
+    return lambda x: fitted.many(x if both else x[0]), n, len(fitted.history.train)
+
+
+def _turned(key, x):
+    """The numbers are the same for a map that is shifted, reflected or turned."""
+    return torus_symmetry(key, x[0]), x[1]
+
+
+def _imnn(cfg: Config, sim, centre, network, run, n: int, seed: int, key):
+    """Trained at the centre on a budget of n simulations, a fifth of them for validation; how many it took."""
+    simulate = lambda theta, key: sim.draw_one(key, theta)[2]  # noqa: E731
+    both = jax.jit(lambda key: (simulate(centre, key), jax.jacfwd(simulate)(centre, key)))
+    sets, used = [], 0
+    for i, budget in enumerate((n - n // 5, n // 5)):
+        n_d = max(1, int(cfg.imnn_share * budget) // sim.prior.dim)
+        n_s = budget - n_d * sim.prior.dim
+        keys = jax.random.split(jax.random.fold_in(run.key("derivatives"), 10 * (1000 * seed + n) + i), n_s)
+        dx = np.stack([np.asarray(both(k)[1]) for k in keys[:n_d]])
+        sets.append((np.asarray(jax.lax.map(jax.jit(lambda k: simulate(centre, k)), keys)), dx))
+        used += n_s + n_d * sim.prior.dim
+    readout = _first_readout(network.adapted(jnp.asarray(sets[0][0][:128])), *sets[0])
+    found = IMNN.from_derivatives(readout, centre, *sets, n_per_device=64)
+    every = max(1, cfg.imnn_steps // 10)
+    settings = dict(max_iterations=cfg.imnn_steps, patience=cfg.imnn_steps, validate_every=every, average=0.0)
+    return found.fit(key, learning_rate=cfg.learning_rate, **settings), used
+
+
+def _first_readout(network, x, dx) -> Readout:
+    r"""The linear summaries of largest Fisher information: $C^{-1} \partial\mu$ of the features, in units of its root.
+
+    C is shrunk towards its diagonal: features of a small network are many, and simulations few.
+    """
+
+    def derivative(x, dx):
+        return jnp.stack([jax.jvp(network, (x,), (dx[..., a],))[1] for a in range(dx.shape[-1])], -1)
+
+    f = np.asarray(jax.lax.map(network, jnp.asarray(x), batch_size=64), float)
+    mean = np.asarray(jax.lax.map(lambda row: derivative(*row), (jnp.asarray(x[: len(dx)]), jnp.asarray(dx)))).mean(0)
+    weights = np.linalg.solve(summaries.shrunk_covariance(f)[0], mean.astype(float))
+    lower = np.linalg.cholesky(weights.T @ mean)
+    linear = solve_triangular(jnp.asarray(lower), jnp.asarray(weights.T), lower=True)
+    return Readout(network, jnp.asarray(f.mean(0), jnp.float32), jnp.asarray(linear, jnp.float32))
+
+
+if __name__ == "__main__":
+    command_line(main, PRESETS, "compressors")
