@@ -104,6 +104,7 @@ def main(cfg: Config, out: Path) -> None:
     run.once("reference", lambda folder: reference(sim, x, run.key("reference"), folder, **chains))
     run.once("spectrum", lambda folder: spectrum(sim, x, run.key("spectrum"), folder))
     chain = load_chains(run.path("reference")).flat()
+    write_npz(out / "full_field.npz", {"theta": chain})
     proposal = ds.gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
     rows = []
     for n, seed in itertools.product(sorted(cfg.n, reverse=True), range(cfg.seeds)):

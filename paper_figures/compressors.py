@@ -4,8 +4,6 @@ from pathlib import Path
 
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
-from diffsbi.runs import open_run
-from diffsbi.sampling import load_chains
 from paper_figures import command_line, mean_points
 
 TITLES = {
@@ -24,7 +22,7 @@ DRAWN = ("imnn", "vmim", "hybrid", "latent_scores")
 
 def draw(runs: Path) -> dict[str, plotting.Figure]:
     folder = runs / "compressors"
-    found, run = read_json(folder / "compressors.json"), open_run(folder)
+    found = read_json(folder / "compressors.json")
     rows = [row | {"score": row["compressor"]} for row in found["rows"]]
     trained = [row for row in rows if row["compressor"] != "latent_scores"]
     free = [row["log_density"] for row in rows if row["compressor"] == "latent_scores"]
@@ -34,7 +32,7 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         "mean log-density of the parameters, nats", levels, log_y=False,
     )  # fmt: skip
     most = {row["compressor"]: row["n"] for row in rows if row["seed"] == 0}
-    samples = {"full_field": load_chains(run.path("reference")).flat()}
+    samples = {"full_field": load_npz(folder / "full_field.npz")["theta"]}
     for name in DRAWN:
         if name in most:
             samples[name] = load_npz(folder / "fits" / f"{name}_{most[name]}_0.npz")["theta"]

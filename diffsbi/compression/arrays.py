@@ -1,5 +1,6 @@
 """Sets of stored simulations, checked before long work: what is wrong, and what to change."""
 
+import hashlib
 from collections.abc import Callable
 
 import jax
@@ -140,6 +141,17 @@ def check_different(train: AbstractSimulations, validation: AbstractSimulations)
             "Expected validation simulations of other seeds than the training ones; they are the same, and would not "
             "show overfitting. Split the rows, or simulate others."
         )
+
+
+def shared_rows(train, held_out) -> int:
+    """How many rows of the arrays `held_out` are rows of the arrays `train` as well."""
+
+    def digests(arrays):
+        rows = zip(*map(np.asarray, arrays), strict=True)
+        return [hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in row)).digest() for row in rows]
+
+    known = set(digests(train))
+    return sum(digest in known for digest in digests(held_out))
 
 
 def check_size(simulations: AbstractSimulations, m: int, what: str) -> None:

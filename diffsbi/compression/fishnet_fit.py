@@ -1,6 +1,5 @@
 """Fitting Fishnets (and baselines for sets) with the one training loop, and keeping them in files."""
 
-import hashlib
 from typing import Any
 
 import equinox as eqx
@@ -9,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Key, check_finite, check_key
+from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.fishnets import Fishnet, set_loss
 from diffsbi.compression.saving import load_module, read_header, save_module
 from diffsbi.compression.sets import POOLS, AbstractSetNetwork, DeepSet, FisherSum, MemberNetwork, check_set
+from diffsbi.inference.losses import zero_at_first
 from diffsbi.inference.training import History, fit, split_rows
 
 KIND = "fishnet"
@@ -93,10 +94,8 @@ def _linear_start(key, network: FisherSum, rows, others, options) -> FisherSum:
     bare, _ = fit(key, bare, rows, others, set_loss, learning_rate=2e-2, **options)
     if member.mlp is None:
         return bare
-    last = member.mlp.layers[-1]
-    zeros = (jnp.zeros_like(last.weight), jnp.zeros_like(last.bias))
-    mlp = eqx.tree_at(lambda m: (m.layers[-1].weight, m.layers[-1].bias), member.mlp, zeros)
-    return FisherSum(eqx.tree_at(lambda m: (m.linear, m.mlp), member, (bare.member.linear, mlp)))
+    start = (bare.member.linear, zero_at_first(member.mlp))
+    return FisherSum(eqx.tree_at(lambda m: (m.linear, m.mlp), member, start))
 
 
 def _checked(theta, x, mask, event: tuple[int, ...]) -> tuple:
@@ -109,13 +108,10 @@ def _checked(theta, x, mask, event: tuple[int, ...]) -> tuple:
 
 
 def _check_disjoint(train, held_out) -> None:
-    def digests(data):
-        return [hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in row)).digest() for row in zip(*data)]  # noqa: B905
-
-    shared = set(digests([np.asarray(a) for a in train])) & set(digests([np.asarray(a) for a in held_out]))
+    shared = shared_rows(train, held_out)
     if shared:
         raise ValueError(
-            f"Expected validation sets that are not trained on; {len(shared)} of {len(held_out[0])} are among the "
+            f"Expected validation sets that are not trained on; {shared} of {len(held_out[0])} are among the "
             "training sets, and the fit would not notice when it memorises. Simulate others, or give a fraction."
         )
 

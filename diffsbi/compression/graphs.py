@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_key
-from diffsbi.compression.sets import AbstractSetNetwork, MemberNetwork, cholesky, residual_mlp, solve_lower
+from diffsbi.compression.sets import AbstractFisherSum, MemberNetwork, cholesky, residual_mlp, solve_lower
 
 AGGREGATIONS = ("sum", "mean", "max", "attention")
 
@@ -138,7 +138,7 @@ class Aggregation(eqx.Module):
         return total
 
 
-class GraphFishnet(AbstractSetNetwork):
+class GraphFishnet(AbstractFisherSum):
     r"""A graph → (t, F): messages aggregated at the nodes, and the nodes' scores and Fisher matrices added up.
 
     Give it to `fit` with `set_loss`, with batches of `Graph` as x and the mask of the nodes as mask.
@@ -146,15 +146,10 @@ class GraphFishnet(AbstractSetNetwork):
 
     aggregation: FisherAggregation | Aggregation
     node: MemberNetwork
-    additive = True
 
     def members(self, x: Graph):
         received = self.aggregation(x.messages(), x.receivers, len(x.nodes), x.mask)
         return jax.vmap(self.node)(jnp.concatenate([x.nodes, received], -1))
-
-    def pooled(self, found, mask):
-        mask = mask.astype(found[0].dtype)
-        return mask @ found[0], jnp.tensordot(mask, found[1], 1)
 
 
 def segment_sum(values: Array, receivers, n_nodes: int) -> Array:

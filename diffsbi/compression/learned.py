@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
+from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.losses import LOSSES, AbstractLoss
 from diffsbi.compression.saving import load_module, read_header, save_module
-from diffsbi.inference.losses import likelihood_score, score_outliers
+from diffsbi.inference.losses import likelihood_score, score_outliers, zero_at_first
 from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.standardise import ridge_regression, whitening
 from diffsbi.inference.training import History, fit, split_rows
@@ -201,8 +202,7 @@ def _take(rows: dict[str, Any], index: np.ndarray) -> dict[str, Any]:
 
 
 def _refuse_equal(train: np.ndarray, held_out: np.ndarray) -> None:
-    known = {row.tobytes() for row in train}
-    shared = sum(row.tobytes() in known for row in held_out)
+    shared = shared_rows([train], [held_out])
     if shared:
         raise ValueError(
             f"Expected validation rows that are not training rows; {shared} of {len(held_out)} have the same theta."
@@ -252,9 +252,7 @@ def _bounded(c):
 
 
 def _empty(key: Key, network, n_features: int, dim: int, width: int = 64) -> Compressor:
-    correction = eqx.nn.MLP(n_features, dim, width, 1, activation=jax.nn.silu, key=key)
-    last = lambda n: (n.layers[-1].weight, n.layers[-1].bias)  # noqa: E731
-    correction = eqx.tree_at(last, correction, replace_fn=jnp.zeros_like)
+    correction = zero_at_first(eqx.nn.MLP(n_features, dim, width, 1, activation=jax.nn.silu, key=key))
     zeros = (jnp.zeros(n_features), jnp.eye(n_features), jnp.zeros((dim, n_features)))
     return Compressor(network, *zeros, correction, jnp.eye(dim))
 

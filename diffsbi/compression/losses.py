@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from diffsbi._types import Array, Float, Key
 from diffsbi.flows import FLOWS
-from diffsbi.inference.losses import MeasuredScore, ScoredDensity, first_noise, noise_level
+from diffsbi.inference.losses import MeasuredScore, ScoredDensity, first_noise, noise_level, zero_at_first
 
 
 class AbstractLoss(eqx.Module):
@@ -54,8 +54,7 @@ class _Precision(eqx.Module):
 
     def __init__(self, key: Key, n_features: int, dim: int):
         network = eqx.nn.MLP(n_features, dim * (dim + 1) // 2, 64, 1, activation=jax.nn.silu, key=key)
-        last = lambda n: (n.layers[-1].weight, n.layers[-1].bias)  # noqa: E731
-        self.network, self.dim = eqx.tree_at(last, network, replace_fn=jnp.zeros_like), dim
+        self.network, self.dim = zero_at_first(network), dim
 
     def __call__(self, c: Float[Array, " f"]) -> tuple[Float[Array, "p p"], Array]:
         """(M, log det M)."""

@@ -89,19 +89,24 @@ class MemberNetwork(eqx.Module):
         return first, lower @ lower.T
 
 
-class FisherSum(AbstractSetNetwork):
-    r"""$t = \sum_i t_i$ and $F = \sum_i F_i$."""
+class AbstractFisherSum(AbstractSetNetwork):
+    r"""$t = \sum_i t_i$ and $F = \sum_i F_i$ of members $(t_i, F_i)$."""
 
-    member: MemberNetwork
     additive = True
-
-    def members(self, x):
-        return jax.vmap(self.member)(x)
 
     def pooled(self, found, mask):
         score, fisher = found
         mask = mask.astype(score.dtype)
         return mask @ score, jnp.tensordot(mask, fisher, 1)
+
+
+class FisherSum(AbstractFisherSum):
+    """The sum over members that know nothing of each other."""
+
+    member: MemberNetwork
+
+    def members(self, x):
+        return jax.vmap(self.member)(x)
 
 
 class DeepSet(AbstractSetNetwork):

@@ -72,8 +72,8 @@ class Simulated(AbstractSimulations):
         return _along(through, self.theta0, jnp.eye(len(self.theta0), dtype=self.theta0.dtype))
 
 
-class Stored(AbstractSimulations):
-    """Simulations with stored derivatives: `data` = ((x, dx/dtheta), x without), dx/dtheta of shape `(*x_shape, p)`."""
+class _InMemory(AbstractSimulations):
+    """Simulations that are kept: `data` = ((x, what derivatives are made of), x without)."""
 
     theta0: Array
     data: Any
@@ -86,30 +86,23 @@ class Stored(AbstractSimulations):
 
     def summary(self, network, row):
         return network(row)
+
+
+class Stored(_InMemory):
+    """Simulations with stored derivatives: `data` = ((x, dx/dtheta), x without), dx/dtheta of shape `(*x_shape, p)`."""
 
     def linear(self, network, row):
         x, dx = row
         return _along(network, x, dx)
 
 
-class Pairs(AbstractSimulations):
+class Pairs(_InMemory):
     r"""Simulations, and others of the same seeds at $\theta_0 \mp \delta\theta/2$; `data`: ((x, minus, plus), x alone).
 
     `minus` and `plus` of one row are `(p, *x_shape)`, row a at the a-th parameter moved; `width` is δθ `(p,)`.
     """
 
-    theta0: Array
     width: Array
-    data: Any
-    n_s: int = eqx.field(static=True)
-    n_d: int = eqx.field(static=True)
-    x_shape: tuple[int, ...] = eqx.field(static=True)
-
-    def rows(self, key):
-        return self.data
-
-    def summary(self, network, row):
-        return network(row)
 
     def linear(self, network, row):
         x, minus, plus = row

@@ -245,7 +245,11 @@ class MeasuredScore(AbstractScoreLoss):
 
 def noise_level(key: Key, dim: int, condition_dim: int) -> eqx.nn.MLP:
     """A new `ScoredDensity.level`."""
-    network = eqx.nn.MLP(dim + condition_dim, "scalar", 16, 1, activation=jax.nn.silu, key=key)
+    return zero_at_first(eqx.nn.MLP(dim + condition_dim, "scalar", 16, 1, activation=jax.nn.silu, key=key))
+
+
+def zero_at_first(network: eqx.nn.MLP) -> eqx.nn.MLP:
+    """The network with its last layer zero: training starts where it adds nothing."""
     last = lambda n: (n.layers[-1].weight, n.layers[-1].bias)  # noqa: E731
     return eqx.tree_at(last, network, replace_fn=jnp.zeros_like)
 
