@@ -45,13 +45,14 @@ class Config:
     n_pix: int = 64
     widen: float = 1.25
     compressors: tuple[str, ...] = LOSSES + OTHERS
-    n: tuple[int, ...] = (500, 2000)
-    n_inference: int = 2000
+    n: tuple[int, ...] = (250, 1000)
+    n_inference: int = 1000
     n_test: int = 500
     seeds: int = 3
-    channels: tuple[int, ...] = (8, 16, 32, 32)
+    channels: tuple[int, ...] = (16, 32, 32)
+    fold: int = 2
     n_average: int = 4
-    epochs: int = 15
+    epochs: int = 20
     learning_rate: float = 2e-3
     imnn_share: float = 0.4
     imnn_steps: int = 40
@@ -191,7 +192,7 @@ def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed:
     if name == "latent_scores":
         scores = LatentScores(sim, centre, rates=(0.1,))
         return lambda x: scores.many(x[0])[:, -sim.prior.dim :], 0, 0
-    network = MapNetwork(jax.random.fold_in(run.key("network"), seed), sim.n_bins, cfg.channels)
+    network = MapNetwork(jax.random.fold_in(run.key("network"), seed), sim.n_bins, cfg.channels, cfg.fold)
     key = jax.random.fold_in(run.key("compress"), 1000 * seed + n)
     if name == "imnn":
         fitted, simulations = _imnn(cfg, sim, centre, network, run, n, seed, key)

@@ -148,6 +148,12 @@ def test_features_of_maps_do_not_change_with_shifts(x64):
     x = jax.random.normal(jax.random.key(0), (3, 16, 16))
     made = MapNetwork(jax.random.key(1), 3, (4, 6, 8))
     assert made(x).shape == (18,)
+    folded = MapNetwork(jax.random.key(1), 3, (4, 6), fold=2)
+    assert folded.convolutions[0].weight.shape == (4, 12, 3, 3)
+    np.testing.assert_allclose(folded(jnp.roll(x, (4, 8), (1, 2))), folded(x), rtol=1e-9)
+    assert np.abs(np.asarray(folded(jnp.roll(x, (1, 0), (1, 2))) / folded(x) - 1)).max() > 1e-3
+    with pytest.raises(ValueError, match="multiple of 4"):
+        folded(x[:, :14, :14])
     np.testing.assert_allclose(made(jnp.roll(x, (4, 8), (1, 2))), made(x), rtol=1e-9)
     with pytest.raises(ValueError, match=r"Expected a map of shape \(3, n, n\) with n a multiple of 4"):
         made(x[:2])

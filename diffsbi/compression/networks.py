@@ -19,18 +19,25 @@ class MapNetwork(eqx.Module):
         key: Initial weights.
         n_bins: Channels of the map.
         channels: Width of each level; the map must halve as often as there are levels but one.
+        fold: Squares of fold × fold pixels become channels first: no pixel is lost, and the first level, which costs
+            most, is fold² times smaller. Features then change with shifts by less than `fold` pixels.
     """
 
     convolutions: tuple[eqx.nn.Conv2d, ...]
+    fold: int = eqx.field(static=True)
 
-    def __init__(self, key: Key, n_bins: int, channels: tuple[int, ...] = (16, 32, 64, 64)):
-        widths = (n_bins, *channels)
+    def __init__(self, key: Key, n_bins: int, channels: tuple[int, ...] = (16, 32, 64, 64), fold: int = 1):
+        if not channels or fold < 1:
+            raise ValueError(f"Expected at least one level of channels and fold >= 1; got {channels} and {fold}.")
+        self.fold = fold
+        widths = (n_bins * fold**2, *channels)
         keys = jax.random.split(check_key(key), len(channels))
         self.convolutions = tuple(_convolution(k, a, b) for k, a, b in zip(keys, widths[:-1], widths[1:], strict=True))
 
     def __call__(self, x: Float[Array, "bins n n"]) -> Float[Array, " features"]:
-        _check_map(x, self.convolutions[0].in_channels, 2 ** (len(self.convolutions) - 1))
-        features = []
+        n_bins = self.convolutions[0].in_channels // self.fold**2
+        _check_map(x, n_bins, self.fold * 2 ** (len(self.convolutions) - 1))
+        x, features = _folded(x, self.fold), []
         for level, convolution in enumerate(self.convolutions):
             x = jax.nn.silu(convolution(_halved(x) if level else x))
             features.append(jnp.mean(x, (1, 2)))
@@ -41,7 +48,7 @@ class MapNetwork(eqx.Module):
 
         Layer by layer, before the SiLU (Mishkin & Matas 2016, arXiv:1511.06422): of maps in any unit.
         """
-        made = []
+        made, x = [], jax.vmap(lambda row: _folded(row, self.fold))(x)
         for level, convolution in enumerate(self.convolutions):
             x = jax.vmap(_halved)(x) if level else x
             y = jax.vmap(convolution)(x)
@@ -152,6 +159,13 @@ def _halved(x: Float[Array, "c n n"]) -> Float[Array, "c n/2 n/2"]:
     """Mean over squares of 2 × 2 pixels."""
     c, n, m = x.shape
     return jnp.mean(x.reshape(c, n // 2, 2, m // 2, 2), (2, 4))
+
+
+def _folded(x: Float[Array, "c n n"], fold: int) -> Float[Array, "fold2_c n/fold n/fold"]:
+    """Every pixel of a square a channel of its own."""
+    c, n, m = x.shape
+    x = x.reshape(c, n // fold, fold, m // fold, fold)
+    return jnp.moveaxis(x, (2, 4), (0, 1)).reshape(c * fold**2, n // fold, m // fold)
 
 
 def _check_map(x, n_bins: int, divisor: int) -> None:
