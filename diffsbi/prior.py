@@ -41,7 +41,9 @@ class Prior(eqx.Module):
         check_names(list(fiducial), list(distributions))
         self.names = tuple(distributions)
         self.distributions = tuple(distributions.values())
-        self._fiducial = tuple(float(fiducial.get(n, np.asarray(d.mean))) for n, d in distributions.items())
+        self._fiducial = tuple(
+            float(fiducial[n] if n in fiducial else np.asarray(d.mean)) for n, d in distributions.items()
+        )
         # `log_prob` leans on this point outside the support; a distribution without a mean needs one given.
         self.check(np.asarray(self._fiducial))
 

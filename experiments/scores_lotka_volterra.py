@@ -48,7 +48,7 @@ class Config:
 
 
 PRESETS = {
-    "smoke": Config(28, (20,), 1, ("wide",), ("white",), 2.0, 1, 5, 200, ess=20, n_warmup=60, n_draws=60),
+    "smoke": Config(8, (20,), 1, ("wide",), ("white",), 2.0, 1, 5, 200, ess=20, n_warmup=60, n_draws=60),
     "paper": Config(),
 }  # fmt: skip
 

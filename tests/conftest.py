@@ -6,10 +6,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 # The suite's time is mostly compilation. These flags more than halve that of large programs (the gradient of a map in
-# theta: 19 s to 8 s); level 0 halves it once more, but long chains then take twice as long to run. Only for
-# releases known to have the flags (XLA aborts on an unknown one); a value of the user's, also an empty one, is kept.
+# theta: 19 s to 8 s). Only for releases known to have the flags (XLA aborts on an unknown one); a value of the user's,
+# also an empty one, is kept.
 if version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1")
+    flags = "use_fusion_emitters=false", "parallel_codegen_split_count=1"  # the latter: the workers share the cores
+    fewer = " ".join(f"--xla_cpu_{flag}" for flag in flags)
+    os.environ.setdefault("XLA_FLAGS", f"{fewer} --xla_backend_optimization_level=1")
+# Nor is there any optimisation, but for tests marked `optimised` (see below); subprocesses inherit that.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402  (after the flags)
 import matplotlib
@@ -20,8 +24,19 @@ import diffsbi as ds
 
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if hasattr(jax.config, "jax_use_shardy_partitioner"):
+    jax.config.update("jax_use_shardy_partitioner", False)  # there is one device, and lowering is quicker
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Compile quickly: no optimisation but for tests marked `optimised`, which run longer than they compile.
+
+    Before any fixture, also one of a module, is made.
+    """
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("optimised") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,10 @@
-"""Targets with known moments that the samplers' tests share."""
+"""Targets with known moments that the samplers' tests share, and the density that estimators' tests share."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flowjax.distributions import StandardNormal
 
 COVARIANCE = np.array([[1.0, 0.6, 0.0], [0.6, 2.0, -0.3], [0.0, -0.3, 0.5]])
 MEAN = np.array([1.0, -2.0, 0.5])
@@ -29,3 +30,8 @@ def assert_means(chains, expected):
     for row, mean in zip(chains.summary().values(), expected, strict=True):
         error = row.sd / np.sqrt(row.ess_bulk)
         assert row.rhat < 1.02 and row.ess_bulk > 400 and abs(row.mean - mean) < 4 * error, (row, mean)
+
+
+def gaussian(key, dim, condition_dim):
+    """A density with only the linear part that every density gets: exact for a linear Gaussian simulator, and quick."""
+    return StandardNormal((dim,))

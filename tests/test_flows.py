@@ -20,12 +20,22 @@ BIJECTIONS = [name for name in NAMES if name != "mixture"]
 
 def make(name, dim, condition_dim, seed=0, moved_by=0.3):
     """A small flow with its parameters moved well away from the identity."""
+    return _made(name, dim, condition_dim, seed, moved_by, str(jnp.result_type(float)))
+
+
+@functools.cache
+def _made(name, dim, condition_dim, seed, moved_by, dtype):
     flow = FLOWS[name](jax.random.key(seed), dim, condition_dim, **SMALL, **OWN.get(name, {"layers": 2}))
     arrays, static = eqx.partition(flow, eqx.is_inexact_array)
+    return eqx.combine(_moved(arrays, jax.random.key(seed + 1), moved_by), static)
+
+
+@jax.jit
+def _moved(arrays, key, by):
     leaves, tree = jax.tree.flatten(arrays)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [a + moved_by * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys, strict=True)]
-    return eqx.combine(jax.tree.unflatten(tree, moved), static)
+    keys = jax.random.split(key, len(leaves))
+    moved = [a + by * jax.random.normal(k, a.shape, a.dtype) for a, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
 
 
 def condition_of(condition_dim):
@@ -189,7 +199,7 @@ def test_gradient_of_the_inverse_equals_finite_differences(x64, seed):
         return jnp.stack([x, log_det])
 
     y, step = 0.7, 1e-6
-    by_parameter, by_argument = jax.jacobian(both, argnums=(0, 1))(flat, y)
+    by_parameter, by_argument = jax.jit(jax.jacobian(both, argnums=(0, 1)))(flat, y)
     for i in range(len(flat)):
         move = step * jnp.eye(len(flat))[i]
         difference = (both(flat + move, y) - both(flat - move, y)) / (2 * step)
@@ -197,8 +207,8 @@ def test_gradient_of_the_inverse_equals_finite_differences(x64, seed):
     difference = (both(flat, y + step) - both(flat, y - step)) / (2 * step)
     np.testing.assert_allclose(by_argument, difference, rtol=1e-6, atol=1e-8)
     # Twice differentiable: the score loss needs it.
-    second = jax.hessian(lambda y: both(flat, y)[0])(y)
-    slope = jax.grad(lambda y: both(flat, y)[0])
+    second = jax.jit(jax.hessian(lambda y: both(flat, y)[0]))(y)
+    slope = jax.jit(jax.grad(lambda y: both(flat, y)[0]))
     np.testing.assert_allclose(second, (slope(y + 1e-5) - slope(y - 1e-5)) / 2e-5, rtol=1e-6, atol=1e-8)
 
 

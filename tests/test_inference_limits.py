@@ -4,18 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flowjax.distributions import StandardNormal
+from targets import gaussian
 
 import diffsbi as ds
 from diffsbi.inference import posterior, training
 from experiments.scores_lensing import PRESETS, Config, _check_sizes
 
 FULL = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 98304000 bytes.")
-
-
-def gaussian(key, dim, condition_dim):
-    """With the linear part that every density gets."""
-    return StandardNormal((dim,))
 
 
 def squared(params, static, batch, key):

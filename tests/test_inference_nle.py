@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from targets import gaussian
 
 import diffsbi as ds
 from diffsbi.diagnostics import sbc_ranks, sbc_test
@@ -11,7 +12,7 @@ from diffsbi.inference import load_posterior
 from diffsbi.inference.losses import MeasuredScore, WeightedScore, likelihood_score, prior_score
 from diffsbi.inference.standardise import fit_standardiser
 
-SMALL = {"width": 16, "depth": 1, "layers": 2, "ramps": 4}
+SMALL = {"width": 8, "depth": 1, "layers": 1, "ramps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +21,13 @@ def scored(linear):
     return (
         ds.NLE(linear, density_options=SMALL)
         .append(draws.theta, draws.x, draws.score)
-        .fit(jax.random.key(2), members=2)
+        .fit(jax.random.key(2), members=2, max_epochs=600)
     )
 
 
 def test_sixty_scored_simulations_give_the_exact_posterior(linear, scored):
     x = linear.draw(jax.random.key(9), 1, with_score=False).x[0]
-    chains = scored.chains(jax.random.key(3), x)
+    chains = scored.chains(jax.random.key(3), x, n_samples=400)
     mean, covariance = linear.posterior(x)
     width = np.sqrt(np.diag(covariance))
     summary = chains.summary().values()
@@ -50,7 +51,7 @@ def test_scores_need_fewer_simulations(linear):
     loss = {}
     for name, score in (("without", None), ("with", draws.score)):
         estimator = ds.NLE(linear, density_options=SMALL).append(draws.theta, draws.x, score)
-        fitted = estimator.fit(jax.random.key(8), members=1)
+        fitted = estimator.fit(jax.random.key(8), members=1, max_epochs=600)
         loss[name] = float(jnp.mean(exact - fitted.log_likelihood(test.theta, test.x)))
     assert loss["with"] < 0.7 * loss["without"]
 
@@ -100,37 +101,38 @@ def test_the_exact_score_is_what_the_rows_are_given(x64):
     np.testing.assert_allclose(target, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_several_observations_and_the_unnormalised_density(linear, scored):
-    x = linear.draw(jax.random.key(9), 2, with_score=False).x
-    theta = scored.sample(jax.random.key(0), 50, x, n_warmup=50)
-    assert theta.shape == (50, 2, 2)
-    assert scored.condition(x[0]).sample(jax.random.key(0), 7, n_warmup=20).shape == (7, 2)
-    value = scored.log_prob(theta[:, 0], x[0])
-    expected = linear.prior.log_prob(theta[:, 0]) + scored.log_likelihood(theta[:, 0], x[0])
+def test_one_observation_and_the_unnormalised_density(linear, scored):
+    x = linear.draw(jax.random.key(9), 1, with_score=False).x[0]
+    theta = scored.condition(x).sample(jax.random.key(0), 7)
+    assert theta.shape == (7, 2)
+    value = scored.log_prob(theta, x)
+    expected = linear.prior.log_prob(theta) + scored.log_likelihood(theta, x)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_many_observations_at_once_are_calibrated(linear, scored):
     """The posterior of each row is that of its own data: shuffled rows fail at once."""
-    truth = linear.draw(jax.random.key(10), 150, with_score=False)
-    theta = np.asarray(scored.sample(jax.random.key(0), 100, truth.x, n_warmup=100))
+    truth = linear.draw(jax.random.key(10), 100, with_score=False)
+    theta = scored.sample(jax.random.key(0), 60, truth.x.reshape(4, 25, 4), n_warmup=60, n_chains=2)
+    assert theta.shape == (60, 4, 25, 2)
+    theta = np.asarray(theta).reshape(60, 100, 2)
     means, _ = jax.vmap(linear.posterior)(truth.x)
     width = np.sqrt(np.diag(linear.posterior(truth.x[0])[1]))
     z = (theta.mean(0) - np.asarray(means)) / width
-    assert np.sqrt(np.mean(z**2)) < 0.3  # a hundred draws, and the fit's own error
+    assert np.sqrt(np.mean(z**2)) < 0.3  # sixty draws, and the fit's own error
     ranks = sbc_ranks(theta.swapaxes(0, 1), truth.theta)
-    assert sbc_test(ranks, 100).min() > 1e-3
+    assert sbc_test(ranks, 60).min() > 1e-3
     shuffled = sbc_ranks(np.roll(theta.swapaxes(0, 1), 1, axis=0), truth.theta)
-    assert sbc_test(shuffled, 100).min() < 1e-3
+    assert sbc_test(shuffled, 60).min() < 1e-3
 
 
 def test_outside_the_prior_the_posterior_is_zero():
     sim = ds.lotka_volterra()
     draws = sim.draw(jax.random.key(0), 12, with_score=False)
     x = jnp.log(draws.x.reshape(12, -1))[:, :3]
-    fitted = ds.NLE(sim, density_options=SMALL).append(draws.theta, x).fit(jax.random.key(1), members=1, max_epochs=1)
+    fitted = ds.NLE(sim, gaussian).append(draws.theta, x).fit(jax.random.key(1), members=1, max_epochs=1)
     assert fitted.log_prob(-draws.theta[:1], x[:1])[0] == -jnp.inf
-    assert np.isfinite(jax.grad(lambda t: fitted.log_prob(t, x[0]))(-draws.theta[0])).all()
+    assert np.isfinite(jax.jit(jax.grad(lambda t: fitted.log_prob(t, x[0])))(-draws.theta[0])).all()
 
 
 def test_round_trip(linear, scored, tmp_path):

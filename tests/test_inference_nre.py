@@ -61,12 +61,13 @@ def test_one_class_at_even_odds_is_the_cross_entropy(x64):
 def test_the_contrast_is_least_at_the_exact_ratio(x64, classes, gamma):
     rows, along = batch(20_000)
 
+    @jax.jit
     def loss(scale, offset):
         ratio = ExactRatio()
         ratio.scale = scale
         return Contrast(classes, gamma, along)(ratio, rows | {"offset": rows["offset"] + offset}, None)
 
-    slope = jax.grad(loss, (0, 1))(1.0, 0.0)
+    slope = jax.jit(jax.grad(loss, (0, 1)))(1.0, 0.0)
     np.testing.assert_allclose(slope, 0.0, atol=0.02)
     for wrong in ((0.6, 0.0), (1.5, 0.0), (1.0, 0.5), (1.0, -0.5)):
         assert loss(*wrong) > loss(1.0, 0.0) + 0.005

@@ -4,18 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from targets import gaussian
 
 import diffsbi as ds
 from diffsbi.inference.posterior import truncated_prior
 
-SMALL = {"width": 16, "depth": 1, "layers": 1, "ramps": 4}
-FIT = {"members": 1}
+FLOW = ("smooth", {"width": 16, "depth": 1, "layers": 1, "ramps": 4})
+FIT = {"members": 1, "max_epochs": 250}
 
 
-@pytest.mark.parametrize("estimator", [ds.NPE, pytest.param(ds.NLE, marks=pytest.mark.slow)])
-def test_rounds_end_at_the_exact_posterior(linear, observed, estimator):
+@pytest.mark.parametrize(
+    "estimator, density, options",
+    [
+        (ds.NPE, gaussian, None),
+        pytest.param(ds.NPE, *FLOW, marks=pytest.mark.slow),
+        pytest.param(ds.NLE, *FLOW, marks=pytest.mark.slow),
+    ],
+)
+def test_rounds_end_at_the_exact_posterior(linear, observed, estimator, density, options):
     result = ds.rounds(
-        linear, observed, estimator(linear, density_options=SMALL), jax.random.key(1),
+        linear, observed, estimator(linear, density, density_options=options), jax.random.key(1),
         n_rounds=2, n_per_round=80, tolerance=1e-9, fit=FIT,
     )  # fmt: skip
     mean, covariance = linear.posterior(observed)
@@ -28,7 +36,7 @@ def test_rounds_end_at_the_exact_posterior(linear, observed, estimator):
 
 
 def test_rounds_stop_when_the_posterior_rests_and_keep_the_estimator(linear, observed):
-    start = ds.NPE(linear, density_options=SMALL)
+    start = ds.NPE(linear, gaussian)
     draws = linear.draw(jax.random.key(3), 80, latents="whitened")
     start.append(draws.theta, draws.x, draws.score)
     result = ds.rounds(linear, observed, start, jax.random.key(1), n_rounds=5, n_per_round=40, tolerance=0.5, fit=FIT)
@@ -39,7 +47,7 @@ def test_rounds_stop_when_the_posterior_rests_and_keep_the_estimator(linear, obs
 
 def test_a_posterior_proposes_the_prior_within_its_region(linear, observed):
     draws = linear.draw(jax.random.key(3), 100, latents="whitened")
-    fitted = ds.NPE(linear, density_options=SMALL).append(draws.theta, draws.x, draws.score)
+    fitted = ds.NPE(linear, gaussian).append(draws.theta, draws.x, draws.score)
     posterior = fitted.fit(jax.random.key(0), **FIT).condition(observed)
     theta, inside = posterior.propose(jax.random.key(5), 500)
     assert inside(theta).all()
@@ -59,7 +67,7 @@ def test_a_posterior_proposes_the_prior_within_its_region(linear, observed):
 
 def test_a_region_with_little_prior_is_told(linear, observed):
     draws = linear.draw(jax.random.key(3), 30, latents="whitened")
-    posterior = ds.NPE(linear, density_options=SMALL).append(draws.theta, draws.x).fit(jax.random.key(0), max_epochs=1)
+    posterior = ds.NPE(linear, gaussian).append(draws.theta, draws.x).fit(jax.random.key(0), max_epochs=1)
     with pytest.raises(ValueError, match="Expected 90000 draws of the prior within the posterior's region; 20000 cand"):
         truncated_prior(posterior, jax.random.key(5), 90_000, observed, most_candidates=20_000)
 
@@ -72,7 +80,7 @@ def test_refusals(linear, observed, wrong):
 
 def test_the_summary_is_applied_to_simulations_and_observation(linear, observed):
     result = ds.rounds(
-        linear, observed, ds.NPE(linear, density_options=SMALL), jax.random.key(1),
+        linear, observed, ds.NPE(linear, gaussian), jax.random.key(1),
         n_rounds=1, n_per_round=30, summary=lambda x: x[:2], with_score=False, fit=FIT | {"max_epochs": 1},
     )  # fmt: skip
     np.testing.assert_array_equal(result.posterior.default_x, jnp.asarray(observed[:2]))

@@ -15,10 +15,8 @@ NETWORK = {"width": 16, "depth": 1}
 @pytest.fixture(scope="module")
 def done(linear):
     x = linear.draw(jax.random.key(9), 1, with_score=False).x[0]
-    out = ds.truncated_marginals(
-        linear, x, jax.random.key(1), n_rounds=2, n_per_round=200, shrink=1.0, options=NETWORK, fit={"members": 1}
-    )
-    return x, out
+    settings = dict(n_rounds=2, n_per_round=200, shrink=1.0, options=NETWORK, fit={"members": 1, "max_epochs": 120})
+    return x, ds.truncated_marginals(linear, x, jax.random.key(1), **settings)
 
 
 def test_marginals_are_the_exact_ones(linear, done):
@@ -27,7 +25,7 @@ def test_marginals_are_the_exact_ones(linear, done):
     assert out.marginals == (("theta_1",), ("theta_2",), ("theta_1", "theta_2")) and out.simulations == 400
     for group in out.marginals:
         index = [linear.names.index(name) for name in group]
-        draws, width = np.asarray(out[group].sample(jax.random.key(3), 8000)), np.sqrt(np.diag(covariance))[index]
+        draws, width = np.asarray(out[group].sample(jax.random.key(3), 2000)), np.sqrt(np.diag(covariance))[index]
         np.testing.assert_allclose((draws.mean(0) - mean[jnp.asarray(index)]) / width, 0.0, atol=0.2)
         np.testing.assert_allclose(draws.std(0) / width, 1.0, atol=0.15)
     assert np.sign(np.cov(draws.T)[0, 1]) == np.sign(covariance[0, 1])

@@ -78,7 +78,8 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+# "unconverged" is "bounded" with fewer steps.
+@pytest.fixture(params=[pytest.param(c, marks=pytest.mark.slow) if c == "bounded" else c for c in CASES])
 def sim(request, x64):
     return CASES[request.param]()
 
@@ -142,22 +143,23 @@ def test_a_bijection_with_its_own_density_and_gradient(sim):
 
 def test_a_linear_simulators_latents_are_exactly_white(x64):
     sim, exact = linear(), ds.linear_gaussian(dim=3, n_latents=4, n_data=6, seed=1, noise=0.2)
-    theta, z, x = draw(sim, 200)
+    theta, z, x = draw(sim, 20)
     xi, log_det, *_, score = account(sim, theta, z, x)
-    whitened, expected = jax.vmap(exact.transport("whitened").from_latents)(theta, z, x)
+    whitened, expected = jax.jit(jax.vmap(exact.transport("whitened").from_latents))(theta, z, x)
     np.testing.assert_allclose(xi, whitened, atol=1e-10)
     np.testing.assert_allclose(log_det, expected, atol=1e-10)
-    np.testing.assert_allclose(score, jax.vmap(exact.marginal_score)(theta, x), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(score, jax.jit(jax.vmap(exact.marginal_score))(theta, x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("enable", [False, True], ids=["float32", "float64"])
 def test_lotka_volterra_finite_at_prior_draws_with_any_data(enable):
     with jax.enable_x64(enable):
         sim = CASES["lotka"]()
-        theta, z, x = draw(sim, 500, seed=1)
+        theta, z, x = draw(sim, 100, seed=1)
         for data in (x, x[::-1]):  # their own, and as a chain meets them at its start
-            for values in account(sim, theta, z, data):
-                assert jnp.isfinite(values).all()
+            for rows in np.arange(100).reshape(-1, 20):
+                for values in account(sim, theta[rows], z[rows], data[rows]):
+                    assert jnp.isfinite(values).all()
 
 
 def test_lotka_volterra_score_has_no_bias_and_less_noise(x64):
@@ -223,8 +225,8 @@ def test_within_is_the_identity_in_the_ball_and_bounded_outside():
     np.testing.assert_array_equal(within(inside, 3.0), inside)
     length = lambda s: jnp.linalg.norm(within(s * inside, 3.0))  # noqa: E731
     scales = jnp.logspace(0, 15, 400)  # squares near the end of float32's range
-    assert jax.vmap(length)(scales).max() < 1.3 * 3.0
-    assert jnp.isfinite(jax.vmap(jax.grad(length))(scales)).all()
+    assert jax.jit(jax.vmap(length))(scales).max() < 1.3 * 3.0
+    assert jnp.isfinite(jax.jit(jax.vmap(jax.grad(length)))(scales)).all()
 
 
 class Dice(Mine):

@@ -30,11 +30,11 @@ def p_values(ranks: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("sampler", ["hmc", "nuts"])
 def test_ranks_are_uniform_and_a_wrong_likelihood_is_seen(sampler):
-    """A toy: 200 observations take seconds. The wrong model thinks the noise twice as large as it is."""
+    """A toy: 120 observations take seconds. The wrong model thinks the noise twice as large as it is."""
     sim, wrong = (ds.linear_gaussian(n_data=24, n_latents=2, noise=noise) for noise in (0.5, 1.0))
-    settings = dict(sampler=sampler, latents="whitened", n_warmup=100, n_samples=100, block=100)
-    assert p_values(ranks(sim, sim, 200, **settings)).min() > 0.01
-    assert p_values(ranks(sim, wrong, 100, **settings)).max() < 0.01
+    settings = dict(sampler=sampler, latents="whitened", n_warmup=60, n_samples=100, block=100)
+    assert p_values(ranks(sim, sim, 120, **settings)).min() > 0.01
+    assert p_values(ranks(sim, wrong, 60, **settings)).max() < 0.01
 
 
 @pytest.mark.slow
