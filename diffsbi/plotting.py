@@ -188,6 +188,7 @@ def curves(
     log_y: bool = True,
     log_x: bool = True,
     ticks: Sequence[str] = (),
+    width: float = 4.2,
 ) -> Figure:
     """Points with error bars, joined within each curve, and named horizontal lines.
 
@@ -195,11 +196,10 @@ def curves(
         rows: (curve, x, y, standard error of y).
         levels: Name → height of a dashed line.
         log_y, log_x: Whether y and x are logarithmic.
-        ticks: Names of x = 0, 1, ...; points are then not joined.
+        ticks: Names of x = 0, 1, ...; points are then not joined. The `width` is in inches.
     """
     with matplotlib.rc_context(STYLE):
-        figure = _figure(4.2, 3.2)
-        axis = figure.subplots()
+        axis = (figure := _figure(width, 3.2)).subplots()
         for i, name in enumerate(dict.fromkeys(name for name, *_ in rows)):
             x, y, error = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
             style = dict(ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)])

@@ -24,6 +24,7 @@ from jax.scipy.linalg import solve_triangular
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
+from diffsbi.comparison import prior_bounds
 from diffsbi.compression import IMNN, HybridNetwork, LatentScores, MapNetwork, fit_compressor, torus_symmetry
 from diffsbi.diagnostics import figure_of_merit
 from diffsbi.runs import start_run
@@ -121,7 +122,8 @@ def main(cfg: Config, out: Path) -> None:
                 write_npz(path.with_suffix(".npz"), {"theta": theta})
                 write_json(path, row)
             rows.append(read_json(path) | dict(compressor=name, n=n, seed=seed))
-    write_json(out / "compressors.json", dict(rows=rows, names=sim.names, truth=np.asarray(sim.fiducial).tolist()))
+    about = dict(names=sim.names, truth=np.asarray(sim.fiducial).tolist(), bounds=prior_bounds(sim.prior))
+    write_json(out / "compressors.json", dict(rows=rows) | about)
     columns = {
         "log_density": "Mean log-density of the parameters of test simulations, nats",
         "c2st": "C2ST against the full field",

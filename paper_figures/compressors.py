@@ -9,37 +9,52 @@ from paper_figures import command_line, mean_points
 TITLES = {
     "mse": "MSE",
     "mae": "MAE",
-    "gnll": "Gaussian NLL",
+    "gnll": "Gaussian\nNLL",
     "vmim": "VMIM",
-    "score": "score regression",
+    "score": "score\nregr.",
     "imnn": "IMNN",
-    "hybrid": "VMIM beside statistics",
-    "statistics": "statistics",
-    "latent_scores": "latent scores",
+    "statistics": "statis-\ntics",
+    "hybrid": "VMIM +\nstatistics",
+    "latent_scores": "latent\nscores",
 }
-DRAWN = ("imnn", "vmim", "hybrid", "latent_scores")
+DRAWN = {"vmim": "network (VMIM)", "hybrid": "network beside statistics", "latent_scores": "latent scores"}
 
 
 def draw(runs: Path) -> dict[str, plotting.Figure]:
     folder = runs / "compressors"
     found = read_json(folder / "compressors.json")
-    rows = [row | {"score": row["compressor"]} for row in found["rows"]]
-    trained = [row for row in rows if row["compressor"] != "latent_scores"]
-    free = [row["log_density"] for row in rows if row["compressor"] == "latent_scores"]
-    levels = {"latent scores, no simulation": sum(free) / len(free)} if free else {}
-    figure = plotting.curves(
-        mean_points(trained, TITLES, "log_density"), "simulations that the compressor is trained on",
-        "mean log-density of the parameters, nats", levels, log_y=False,
-    )  # fmt: skip
-    most = {row["compressor"]: row["n"] for row in rows if row["seed"] == 0}
+    names = [name for name in TITLES if any(row["compressor"] == name for row in found["rows"])]
+    figures = {}
+    for value, label in (("log_density", "mean log-density, nats"), ("c2st", "C2ST against the full field")):
+        points = [point for i, name in enumerate(names) for point in _points(found["rows"], name, i, value)]
+        ticks = [TITLES[name] for name in names]
+        figures[f"compressors_{value}"] = plotting.curves(points, "", label, {}, False, False, ticks, width=6.2)
+    most = {row["compressor"]: row["n"] for row in reversed(found["rows"]) if row["seed"] == 0}
     samples = {"full_field": load_npz(folder / "full_field.npz")["theta"]}
     for name in DRAWN:
         if name in most:
             samples[name] = load_npz(folder / "fits" / f"{name}_{most[name]}_0.npz")["theta"]
     truth = dict(zip(found["names"], found["truth"], strict=True))
-    titles = {"full_field": "full field"} | TITLES
-    contours = plotting.contours(samples, found["names"], truth=truth, titles=titles)
-    return {"compressors_information": figure, "compressors_contours": contours}
+    titles = {"full_field": "full field"} | DRAWN
+    contours = plotting.contours(samples, found["names"], truth=truth, titles=titles, bounds=found["bounds"])
+    return figures | {"compressors_contours": contours}
+
+
+def _points(rows: list[dict], name: str, place: int, value: str) -> list[tuple[str, float, float, float]]:
+    """One point for each number of simulations, side by side."""
+    chosen = [row | {"score": row["n"]} for row in rows if row["compressor"] == name]
+    sizes = sorted({row["n"] for row in rows})
+    titles = {n: f"{n} simulations" for n in sizes}
+    found = mean_points(chosen, titles, value)  # type: ignore[arg-type]
+    free = name == "latent_scores"
+    return [
+        (
+            "no simulation" if free else title,
+            place + 0.15 * (sizes.index(n) - (len(sizes) - 1) / 2) * (not free),
+            *point,
+        )
+        for title, n, *point in found
+    ]
 
 
 if __name__ == "__main__":
