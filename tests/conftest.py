@@ -20,14 +20,19 @@ import matplotlib
 import numpy as np
 import pytest
 
-import diffsbi as ds
+REPOSITORY = Path(__file__).parents[1]
+if jax.config.jax_compilation_cache_dir is None and "DIFFSBI_CACHE" not in os.environ:
+    # Also the many small programs, for the other workers and the next run.
+    jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".pytest_cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+import diffsbi as ds  # noqa: E402  (it would choose another cache)
 
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if hasattr(jax.config, "jax_use_shardy_partitioner"):
     jax.config.update("jax_use_shardy_partitioner", False)  # there is one device, and lowering is quicker
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.hookimpl(tryfirst=True)
