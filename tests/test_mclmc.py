@@ -69,6 +69,7 @@ def coupled_bias(**settings) -> tuple[float, float]:
     return row.mean, row.sd / np.sqrt(row.ess_bulk)
 
 
+@pytest.mark.optimised
 def test_unadjusted_a_global_parameter_is_biased_and_less_so_at_a_smaller_energy_error(x64):
     """The bias is of order ε² ~ (energy variance)^(1/3): a hundredth of the variance leaves 1 / 4.6 of it."""
     unadjusted = dict(adjusted=False, n_steps=10)
