@@ -1,10 +1,10 @@
 """Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and three others.
 
 One simulated LSST-Y10 map, parameters from its power-spectrum posterior. Every loss trains the same convolutional
-network on the same `n` simulations; "imnn" spends them at the proposal's centre, a derivative counted as p of them.
-"hybrid" is that network beside binned spectra, moments and peaks, "statistics" those alone, both by the VMIM loss;
-"latent_scores" needs neither network nor simulation. Then NPE learns the posterior of the compressed numbers from
-`n_inference` other simulations, the same ones for each, without scores.
+network on the same `n` simulations, "vmim" and "score" with their scores; "imnn" spends as many at the proposal's
+centre, a derivative counted as p of them. "hybrid" is that network beside binned spectra, moments and peaks,
+"statistics" those alone, both by the VMIM loss; "latent_scores" needs neither network nor simulation. Then NPE learns
+the posterior of the compressed numbers from `n_inference` other simulations, the same ones for each, without scores.
 
 Compared are the mean log-density of the parameters of `n_test` further simulations given their numbers (information,
 in nats), and for the one map C2ST and figures of merit against the converged full-field chain.
@@ -68,7 +68,7 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        16, compressors=("vmim", "imnn", "hybrid", "latent_scores"), n=(240,), n_inference=60, n_test=40, seeds=1,
+        16, compressors=("imnn", "hybrid", "latent_scores"), n=(240,), n_inference=60, n_test=40, seeds=1,
         channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
         ess=20, n_warmup=60, n_draws=60, n_chains=2,
     ),
