@@ -28,10 +28,9 @@ from diffsbi.comparison import prior_bounds
 from diffsbi.compression import IMNN, HybridNetwork, LatentScores, MapNetwork, fit_compressor, torus_symmetry
 from diffsbi.diagnostics import figure_of_merit
 from diffsbi.runs import start_run
-from diffsbi.sampling import load_chains
 from experiments import command_line
 from experiments.curves import print_table
-from experiments.lensing import distances, reference, spectrum
+from experiments.lensing import distances, full_field_draws, spectrum_proposal
 
 LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
 OTHERS = ("hybrid", "statistics", "latent_scores")
@@ -102,12 +101,9 @@ def main(cfg: Config, out: Path) -> None:
     sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
     run = start_run(out, {"name": "compressors"} | dataclasses.asdict(cfg), STAGES)
     x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
-    chains = dict(until_ess=cfg.ess, n_samples=cfg.n_draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
-    run.once("reference", lambda folder: reference(sim, x, run.key("reference"), folder, **chains))
-    run.once("spectrum", lambda folder: spectrum(sim, x, run.key("spectrum"), folder))
-    chain = load_chains(run.path("reference")).flat()
+    chain = full_field_draws(cfg, sim, x, run)
     write_npz(out / "full_field.npz", {"theta": chain})
-    proposal = ds.gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
+    proposal = spectrum_proposal(cfg, sim, x, run)
     rows = []
     for n, seed in itertools.product(sorted(cfg.n, reverse=True), range(cfg.seeds)):
         data = None
@@ -116,9 +112,9 @@ def main(cfg: Config, out: Path) -> None:
                 continue  # uses none of them
             path = out / "fits" / f"{name}_{n}_{seed}.json"
             if not path.exists():
-                data = data or _data(cfg, sim, proposal, run, seed)
+                data = data or _data(cfg, sim, proposal, run, seed, x)
                 print(path.stem, flush=True)
-                row, theta = _fit(cfg, sim, proposal, run, data, x, chain, name, n, seed)
+                row, theta = _fit(cfg, sim, proposal, run, data, chain, name, n, seed)
                 write_npz(path.with_suffix(".npz"), {"theta": theta})
                 write_json(path, row)
             rows.append(read_json(path) | dict(compressor=name, n=n, seed=seed))
@@ -135,12 +131,12 @@ def main(cfg: Config, out: Path) -> None:
         print_table(rows, ("compressor",), value)
 
 
-def _data(cfg: Config, sim, proposal, run, seed: int) -> dict:
-    """Simulations of one seed; scores, which take longest, are kept in blocks, maps are drawn again when needed."""
+def _data(cfg: Config, sim, proposal, run, seed: int, x) -> dict:
+    """Rows of one seed, and the observed map as one; scores, which take longest, are kept, maps are drawn again."""
     most, key = max(cfg.n), jax.random.fold_in(run.key("simulations"), seed)
     sizes = {"train": most, "inference": cfg.n_inference, "test": cfg.n_test}
     statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
-    data = {}
+    data: dict = {"observed": dict(x=(x[None], statistics(x)[None]))}
     for i, (name, count) in enumerate(sizes.items()):
         key_theta, key_draw = jax.random.split(jax.random.fold_in(key, i))
         theta = proposal.sample(key_theta, (count,))
@@ -169,15 +165,13 @@ def _scores(cfg: Config, sim, run, seed: int, key, theta, size: int = 100) -> np
     return np.concatenate(parts)
 
 
-def _fit(cfg: Config, sim, proposal, run, data, x, chain, name: str, n: int, seed: int) -> tuple[dict, np.ndarray]:
+def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: int) -> tuple[dict, np.ndarray]:
     """Compress by `name` from n simulations, infer, compare."""
-    statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
     key = jax.random.fold_in(run.key("fits"), 1000 * seed + n)
     start = time.perf_counter()
     compress, simulations, epochs = _compressor(cfg, sim, proposal, run, data["train"], name, n, seed)
     seconds = time.perf_counter() - start
-    t, t_test = (np.asarray(compress(data[part]["x"])) for part in ("inference", "test"))
-    observed = np.asarray(compress((x[None], statistics(x)[None])))[0]
+    t, t_test, (observed,) = (np.asarray(compress(data[part]["x"])) for part in ("inference", "test", "observed"))
     posterior = ds.NPE(sim.prior).append(data["inference"]["theta"], t, proposal=proposal)
     posterior = posterior.fit(jax.random.split(key)[0], members=cfg.members)
     log_density = posterior.under_proposal().log_prob(jnp.asarray(data["test"]["theta"]), jnp.asarray(t_test))

@@ -7,20 +7,33 @@ import numpy as np
 
 from diffsbi import summaries
 from diffsbi.diagnostics import c2st, compare_moments
-from diffsbi.sampling import full_field_posterior, power_spectrum_posterior
+from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
+from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
 
 
-def reference(sim, x, key, folder: Path, **settings) -> dict:
-    """Write the full-field chains of one map to `folder`, block by block; return their account."""
-    chains = full_field_posterior(sim, x, key, folder=folder / "blocks", progress=True, **settings)
-    chains.save(folder)
-    return {"gradients": chains.gradients}
+def full_field_draws(cfg, sim, x, run) -> np.ndarray:
+    """Draws of the full-field posterior of one map, from chains of the lengths in `cfg`: stage "reference"."""
+    settings = dict(until_ess=cfg.ess, n_samples=cfg.n_draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
+
+    def work(folder: Path) -> dict:
+        key = run.key("reference")
+        chains = full_field_posterior(sim, x, key, folder=folder / "blocks", progress=True, **settings)
+        chains.save(folder)
+        return {"gradients": chains.gradients}
+
+    run.once("reference", work)
+    return load_chains(run.path("reference")).flat()
 
 
-def spectrum(sim, x, key, folder: Path) -> dict:
-    """Write the chains of the map's power spectra to `folder`."""
-    power_spectrum_posterior(sim, x, key, progress=True).save(folder)
-    return {}
+def spectrum_proposal(cfg, sim, x, run) -> GaussianProposal:
+    """The power-spectrum posterior of the map, widened by `cfg.widen`: stage "spectrum"."""
+
+    def work(folder: Path) -> dict:
+        power_spectrum_posterior(sim, x, run.key("spectrum"), progress=True).save(folder)
+        return {}
+
+    run.once("spectrum", work)
+    return gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
 
 
 def compress(sim, statistics, key, folder: Path, n_covariance: int, n_derivative: int) -> dict:

@@ -28,10 +28,9 @@ from diffsbi.compression import LatentScores
 from diffsbi.diagnostics import sbc_ranks, sbc_test, tarp
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.runs import start_run
-from diffsbi.sampling import load_chains
 from experiments import command_line
 from experiments.curves import print_saved, print_table
-from experiments.lensing import compress, distances, reference, spectrum, summarised
+from experiments.lensing import compress, distances, full_field_draws, spectrum_proposal, summarised
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
 STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
@@ -97,13 +96,8 @@ def main(cfg: Config, out: Path) -> None:
     sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
     run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
     x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
-    chains = dict(until_ess=cfg.ess, n_samples=cfg.n_draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
-    run.once("reference", lambda folder: reference(sim, x, run.key("reference"), folder, **chains))
-    chain = load_chains(run.path("reference")).flat()
-    proposal = None
-    if cfg.proposal == "spectrum":
-        run.once("spectrum", lambda folder: spectrum(sim, x, run.key("spectrum"), folder))
-        proposal = ds.gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
+    chain = full_field_draws(cfg, sim, x, run)
+    proposal = spectrum_proposal(cfg, sim, x, run) if cfg.proposal == "spectrum" else None
     summary = _summary(cfg, sim, proposal, run)
     observed = summary(jnp.asarray(x))
     run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))

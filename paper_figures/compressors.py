@@ -46,15 +46,10 @@ def _points(rows: list[dict], name: str, place: int, value: str) -> list[tuple[s
     sizes = sorted({row["n"] for row in rows})
     titles = {n: f"{n} simulations" for n in sizes}
     found = mean_points(chosen, titles, value)  # type: ignore[arg-type]
-    free = name == "latent_scores"
-    return [
-        (
-            "no simulation" if free else title,
-            place + 0.15 * (sizes.index(n) - (len(sizes) - 1) / 2) * (not free),
-            *point,
-        )
-        for title, n, *point in found
-    ]
+    if name == "latent_scores":
+        return [("no simulation", place, *point) for _, _, *point in found]
+    middle = (len(sizes) - 1) / 2
+    return [(title, place + 0.15 * (sizes.index(n) - middle), *point) for title, n, *point in found]
 
 
 if __name__ == "__main__":

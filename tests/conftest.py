@@ -9,9 +9,11 @@ from pathlib import Path
 # theta: 19 s to 8 s). Only for releases known to have the flags (XLA aborts on an unknown one); a value of the user's,
 # also an empty one, is kept.
 if version("jaxlib").startswith("0.10."):
-    flags = "use_fusion_emitters=false", "parallel_codegen_split_count=1"  # the latter: the workers share the cores
-    fewer = " ".join(f"--xla_cpu_{flag}" for flag in flags)
-    os.environ.setdefault("XLA_FLAGS", f"{fewer} --xla_backend_optimization_level=1")
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1 "
+        "--xla_cpu_parallel_codegen_split_count=1",  # one piece: the workers share the cores
+    )
 # Nor is there any optimisation, but for tests marked `optimised` (see below); subprocesses inherit that.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 

@@ -43,6 +43,7 @@ def saved(tmp_path_factory):
     return posterior, path
 
 
+@pytest.mark.optimised
 def test_round_trip(saved):
     posterior, path = saved
     loaded = load_posterior(path)
@@ -56,7 +57,7 @@ def test_round_trip(saved):
     assert loaded.history.stop_reason == posterior.history.stop_reason
     assert b"pickle" not in path.read_bytes()
     inside = eqx.filter_jit(lambda p: p.log_prob(theta, x))(loaded)
-    np.testing.assert_allclose(inside, posterior.log_prob(theta, x), rtol=1e-5)
+    np.testing.assert_allclose(inside, posterior.log_prob(theta, x), rtol=1e-6)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffsbi.bands import Bands, band_edges, fundamental, pairs, pixel_area
+from diffsbi.compression import torus_symmetry
 from diffsbi.summaries import (
     bandpowers,
     dominance,
@@ -212,6 +213,15 @@ def test_statistics_are_named_one_by_one_in_order(x64):
     louder = dict(zip(statistic.names, np.asarray(evaluate(x.at[1].multiply(3.0))), strict=True))
     changed = {name for name in values if not np.isclose(values[name], louder[name], rtol=1e-6, atol=1e-9)}
     assert changed and all(name.startswith(("cl_11", "var_1", "peak_1", "mini_1")) for name in changed)
+
+
+def test_statistics_do_not_change_when_the_map_is_shifted_or_turned(x64):
+    statistic = map_statistics(16, SIDE, [0.1, 0.2], 4, scales=(1.0,), peak_scales=(1.0,))
+    x = _family(jnp.array([1.0, 0.3, 0.5]), jax.random.key(4))
+    moved = [torus_symmetry(key, x) for key in jax.random.split(jax.random.key(5), 6)]
+    assert all(np.abs(other - x).max() > 0.1 for other in moved)
+    for other in moved:
+        np.testing.assert_allclose(statistic(other), statistic(x), rtol=1e-9, atol=1e-12)
 
 
 def test_statistics_in_single_precision_stay_close(x64):
