@@ -1,5 +1,6 @@
 r"""Hamiltonian dynamics about a standard normal, for the sampler and for averages over the latents."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,9 @@ KICK = 0.193183
 
 KICKS = (KICK, 1 - 2 * KICK, KICK)
 """The kicks of one step; a rotation by half a step stands between them."""
+
+QUARTER_TURN = math.pi / 2
+"""Length of a trajectory after which a normal's draws are independent, and so are their squares."""
 
 
 def kick(q, p, gradient, step):

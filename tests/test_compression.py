@@ -13,6 +13,7 @@ from diffsbi.compression import (
     HybridNetwork,
     LatentScores,
     MapNetwork,
+    MarginalScore,
     ResidualNetwork,
     fit_compressor,
     load_compressor,
@@ -236,8 +237,42 @@ def test_latent_scores_are_joint_scores_at_their_latents(small_survey):
     np.testing.assert_allclose(scores.many(x[None]).reshape(2, -1), jnp.stack(exact), rtol=2e-3, atol=5e-3)
 
 
+def test_the_mean_over_a_chain_is_the_marginal_score(x64):
+    """Without noise in whitened latents; in white ones within the error that chains of other momenta have."""
+    linear = ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
+    theta, x = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, -1.0, 0.2, 1.5])
+    exact = linear.marginal_score(theta, x)
+    np.testing.assert_allclose(MarginalScore(linear, theta, n_turns=3)(x), exact, rtol=1e-8)
+    settings = dict(n_turns=300, n_steps=8, latents="white")
+    means = np.stack([MarginalScore(linear, theta, seed=seed, **settings).many(x[None])[0] for seed in range(6)])
+    error = means.std(0, ddof=1) / np.sqrt(len(means))
+    assert np.all(np.abs(means.mean(0) - exact) < 5 * error) and np.all(error < 0.1 * np.abs(exact))
+    first = MarginalScore(linear, theta, n_turns=1, n_burn=0, n_steps=1, latents="white")(x)
+    assert np.all(np.abs(first - exact) > 5 * error)  # one state far from equilibrium is another number
+
+
+def test_the_mean_over_a_chain_is_what_the_score_at_its_start_misses(x64):
+    r"""$x_i \sim N(m, e^{2s} / 2)$ marginally; at z = 0 the joint score of s knows only half the variance."""
+    sim, theta = Scale(), jnp.asarray([0.2, -0.1])
+    x = sim.draw(jax.random.key(5), 20, theta, with_score=False).x
+    mean, square = jnp.mean(x - theta[0], 1), jnp.mean((x - theta[0]) ** 2, 1)
+    variance = jnp.exp(2 * theta[1]) / 2
+    exact = jnp.stack([12 * mean / variance, 12 * (square / variance - 1)], 1)
+    chain, start = (
+        jnp.abs(statistic.many(x) - exact).mean(0)
+        for statistic in (
+            MarginalScore(sim, theta, n_turns=400, n_steps=6, latents="white"),
+            LatentScores(sim, theta, rates=(), latents="white"),
+        )
+    )
+    assert np.all(chain < 0.1 * start) and np.all(chain < 0.1 * exact.std(0)), (chain, start)
+
+
 def test_wrong_points_and_rates_are_told(small_survey):
     sim = small_survey
+    for wrong in (dict(n_turns=2, n_burn=2), dict(n_burn=-1), dict(n_steps=0)):
+        with pytest.raises(ValueError, match="Expected 0 <= n_burn < n_turns and n_steps >= 1"):
+            MarginalScore(sim, **wrong)
     with pytest.raises(ValueError, match="Expected rates between 0 and 2"):
         LatentScores(sim, rates=(2.5,))
     with pytest.raises(ValueError, match="theta0 with trailing shape"):

@@ -1,5 +1,6 @@
 """Statistics from gradients of the simulator alone: scores at one theta, at latents that the data suggest."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,16 +9,60 @@ import jax
 import jax.numpy as jnp
 
 from diffsbi._types import Array, Float, check_trailing
+from diffsbi.integrators import QUARTER_TURN, kick, rotate
 
 
-class LatentScores(eqx.Module):
-    r"""$x \to \nabla_\theta \log p(x, \xi_k(x) | \theta_0)$ at a few latents $\xi_k(x)$, `(len(rates) p,)`.
+class _ScoresAtOnePoint(eqx.Module):
+    """What statistics made of joint scores at `theta0` share; what depends on `theta0` alone is computed once."""
+
+    sim: Any
+    theta0: Float[Array, " p"]
+    state: Any
+    jacobian: Any
+    latents: str = eqx.field(static=True)
+
+    def _set(self, sim, theta0, latents: str):
+        self.sim = sim
+        self.theta0 = sim.fiducial if theta0 is None else jnp.asarray(theta0, jnp.result_type(float))
+        check_trailing("theta0", self.theta0, (sim.prior.dim,))
+        sim.prior.check(self.theta0[None])
+        sim.transport(latents)
+        self.latents = latents
+        self.state, self.jacobian = _setup(sim, self.theta0)
+
+    @abstractmethod
+    def __call__(self, x: Array) -> Array:
+        """The numbers of one data set."""
+
+    def many(self, x) -> Array:
+        """The numbers of every row of `x`."""
+        return _many(self, jnp.asarray(x))
+
+    def _slopes(self, x: Array):
+        r"""$\xi = 0$, and the function of $\xi$ that returns $\nabla \log p(x, \xi)$ in $\xi$ and in the state."""
+        transport = self.sim.transport(self.latents)
+
+        def density(xi, state):
+            return self.sim.log_conditional_of(state, xi, x, transport)
+
+        white = self.sim.latents(self.state).sample(jax.random.key(0))
+        shape = jax.eval_shape(lambda: transport.from_latents(self.state, white, x)[0])
+        return jnp.zeros(shape.shape, shape.dtype), lambda xi: jax.grad(density, (0, 1))(xi, self.state)
+
+    def _score(self, of_state) -> Float[Array, " p"]:
+        """The gradient in theta, from that in what theta fixes."""
+        parts = jax.tree.map(lambda a, j: jnp.tensordot(a, j, a.ndim), of_state, self.jacobian)
+        return sum(jax.tree.leaves(parts), start=jnp.zeros_like(self.theta0))
+
+
+class LatentScores(_ScoresAtOnePoint):
+    r"""$x \to \nabla_\theta \log p(x, \xi_k(x) | \theta_0)$ at a few latents $\xi_k(x)$, `(len(rates) + 1) p` numbers.
 
     The marginal score at $\theta_0$ is the best statistic there is near it: the mean of the joint score over the
     latents that the data allow. In coordinates where these are nearly a standard normal whatever the data ("whitened")
     the score at $\xi = 0$ stands for that mean; what is not normal moves it, so it is taken again after steps of
     gradient ascent $\xi \leftarrow \xi + a \nabla_\xi \log p(x, \xi | \theta_0)$ as well. It costs a gradient each,
-    needs no training, and is a deterministic function of x. What depends on $\theta_0$ alone is computed once.
+    needs no training, and is a deterministic function of x. `MarginalScore` takes the mean itself, for more gradients.
 
     Single objects give these numbers heavy tails; `fit_compressor(key, eqx.nn.Identity(), theta, scores, ...)` bounds
     them and makes one number for each parameter of them.
@@ -27,51 +72,84 @@ class LatentScores(eqx.Module):
         latents: The coordinate.
     """
 
-    sim: Any
-    theta0: Float[Array, " p"]
-    state: Any
-    jacobian: Any
     rates: tuple[float, ...] = eqx.field(static=True)
-    latents: str = eqx.field(static=True)
 
     def __init__(self, sim, theta0=None, *, rates: Sequence[float] = (0.1, 0.25, 0.25, 0.25), latents="whitened"):
-        self.sim = sim
-        self.theta0 = sim.fiducial if theta0 is None else jnp.asarray(theta0, jnp.result_type(float))
-        check_trailing("theta0", self.theta0, (sim.prior.dim,))
-        sim.prior.check(self.theta0[None])
         if not all(0 < rate < 2 for rate in rates):
             raise ValueError(f"Expected rates between 0 and 2, beyond which ascent diverges; got {tuple(rates)}.")
-        sim.transport(latents)
-        self.rates, self.latents = tuple(map(float, rates)), latents
-        self.state, self.jacobian = _setup(sim, self.theta0)
+        self.rates = tuple(map(float, rates))
+        self._set(sim, theta0, latents)
 
     def __call__(self, x: Array) -> Float[Array, " k_p"]:
         """The scores of one data set."""
-        transport = self.sim.transport(self.latents)
-
-        def density(xi, state):
-            return self.sim.log_conditional_of(state, xi, x, transport)
+        start, slopes = self._slopes(x)
 
         def step(xi, rate):
-            slope, of_state = jax.grad(density, (0, 1))(xi, self.state)
+            slope, of_state = slopes(xi)
             return xi + rate * slope, self._score(of_state)
 
-        shape = jax.eval_shape(lambda: transport.from_latents(self.state, self._latents(), x)[0])
-        start = jnp.zeros(shape.shape, shape.dtype)
         _, scores = jax.lax.scan(step, start, jnp.asarray((*self.rates, 0.0), start.dtype))
         return scores.ravel()
 
-    def many(self, x) -> Array:
-        """The scores of every row of `x`."""
-        return _many(self, jnp.asarray(x))
 
-    def _latents(self) -> Array:
-        return self.sim.latents(self.state).sample(jax.random.key(0))
+class MarginalScore(_ScoresAtOnePoint):
+    r"""$x \to E[\nabla_\theta \log p(x, \xi | \theta_0)]$ over a chain on $\xi | x, \theta_0$: `p` numbers.
 
-    def _score(self, of_state) -> Float[Array, " p"]:
-        """The gradient in theta, from that in what theta fixes."""
-        parts = jax.tree.map(lambda a, j: jnp.tensordot(a, j, a.ndim), of_state, self.jacobian)
-        return sum(jax.tree.leaves(parts), start=jnp.zeros_like(self.theta0))
+    By Fisher's identity the mean is the marginal score at $\theta_0$, which is sufficient near it (locally lossless).
+    The chain is Hamiltonian about a standard normal: quarter turns, between each of which the momentum is new, made of
+    `n_steps` steps rotate - kick - rotate with a gradient each. Every gradient counts, those of the first `n_burn`
+    turns excepted; it starts at $\xi = 0$. As a statistic the mean need not be exact, so nothing is rejected, and
+    the momenta are the same for all data: a deterministic function of x, whose error is partly common to all.
+
+    It costs `n_turns * n_steps` gradients. A chain that diverges gives numbers that are not finite, which estimators
+    refuse: take more steps.
+
+    Args:
+        sim: Any simulator of the protocol.
+        theta0: Where the score is taken; the fiducial unless given. The nearer to the truth, the less is lost.
+        n_turns: Quarter turns of the chain.
+        n_burn: Those at its start that are left out.
+        n_steps: Steps of each.
+        latents: The coordinate; the nearer the latents are to a standard normal in it, the fewer turns it takes.
+        seed: Of the momenta.
+
+    Raises:
+        ValueError: Lengths that leave nothing to average, `theta0` of another shape or outside the prior, or an
+            unknown coordinate.
+    """
+
+    n_turns: int = eqx.field(static=True)
+    n_burn: int = eqx.field(static=True)
+    n_steps: int = eqx.field(static=True)
+    seed: int = eqx.field(static=True)
+
+    def __init__(self, sim, theta0=None, *, n_turns=12, n_burn=2, n_steps=4, latents="whitened", seed=0):
+        if not 0 <= n_burn < n_turns or n_steps < 1:
+            raise ValueError(
+                "Expected 0 <= n_burn < n_turns and n_steps >= 1; "
+                f"got n_burn={n_burn}, n_turns={n_turns}, n_steps={n_steps}."
+            )
+        self.n_turns, self.n_burn, self.n_steps, self.seed = n_turns, n_burn, n_steps, seed
+        self._set(sim, theta0, latents)
+
+    def __call__(self, x: Array) -> Float[Array, " p"]:
+        """The mean score of one data set."""
+        start, slopes = self._slopes(x)
+        key, angle = jax.random.key(self.seed), jnp.asarray(QUARTER_TURN / self.n_steps, start.dtype)
+        zero = jax.tree.map(jnp.zeros_like, self.state)
+
+        def step(i, carry):
+            xi, p, total = carry
+            momentum = jax.random.normal(jax.random.fold_in(key, i), start.shape, start.dtype)
+            p = jnp.where(i % self.n_steps == 0, momentum, p)
+            xi, p = rotate(xi, p, angle / 2)
+            slope, of_state = slopes(xi)
+            xi, p = rotate(xi, kick(xi, p, slope, angle), angle / 2)
+            counts = i >= self.n_burn * self.n_steps
+            return xi, p, jax.tree.map(lambda a, b: jnp.where(counts, a + b, a), total, of_state)
+
+        *_, total = jax.lax.fori_loop(0, self.n_turns * self.n_steps, step, (start, start, zero))
+        return self._score(total) / ((self.n_turns - self.n_burn) * self.n_steps)
 
 
 @eqx.filter_jit

@@ -1,16 +1,12 @@
 r"""Scores with little noise: the joint score averaged over exact posterior draws of the latents."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from diffsbi._types import Array, Float, Key
-from diffsbi.integrators import KICKS, kick, rotate
-
-ANGLE = math.pi / 2
-"""Length of a trajectory: after a quarter turn a normal's draws are independent, and so are their squares."""
+from diffsbi.integrators import KICKS, QUARTER_TURN, kick, rotate
 
 
 class _State(NamedTuple):
@@ -72,7 +68,7 @@ def average_score(
 def _transition(evaluate, state: _State, key: Key, n_steps) -> tuple[_State, Array]:
     key_p, key_u = jax.random.split(key)
     dtype = state.xi.dtype
-    step = jnp.asarray(ANGLE / n_steps, dtype)
+    step = jnp.asarray(QUARTER_TURN / n_steps, dtype)
     momentum = jax.random.normal(key_p, state.xi.shape, dtype)
 
     def half_step(i, carry):
