@@ -1,10 +1,11 @@
-"""Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and three others.
+"""Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and four others.
 
 One simulated LSST-Y10 map, parameters from its power-spectrum posterior. Every loss trains the same convolutional
 network on the same `n` simulations, "vmim" and "score" with their scores; "imnn" spends as many at the proposal's
 centre, a derivative counted as p of them. "hybrid" is that network beside binned spectra, moments and peaks,
-"statistics" those alone, both by the VMIM loss; "latent_scores" needs neither network nor simulation. Then NPE learns
-the posterior of the compressed numbers from `n_inference` other simulations, the same ones for each, without scores.
+"statistics" those alone, both by the VMIM loss; "latent_scores" (two gradients a map) and "marginal_score" (a chain)
+need neither network nor simulation. Then NPE learns the posterior of the compressed numbers from `n_inference` other
+simulations, the same ones for each, without scores.
 
 Compared are the mean log-density of the parameters of `n_test` further simulations given their numbers (information,
 in nats), and for the one map C2ST and figures of merit against the converged full-field chain.
@@ -25,7 +26,15 @@ import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.comparison import prior_bounds
-from diffsbi.compression import IMNN, HybridNetwork, LatentScores, MapNetwork, fit_compressor, torus_symmetry
+from diffsbi.compression import (
+    IMNN,
+    HybridNetwork,
+    LatentScores,
+    MapNetwork,
+    MarginalScore,
+    fit_compressor,
+    torus_symmetry,
+)
 from diffsbi.diagnostics import figure_of_merit
 from diffsbi.runs import start_run
 from experiments import command_line
@@ -33,7 +42,8 @@ from experiments.curves import print_table
 from experiments.lensing import distances, full_field_draws, spectrum_proposal
 
 LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
-OTHERS = ("hybrid", "statistics", "latent_scores")
+FREE = ("latent_scores", "marginal_score")
+OTHERS = ("hybrid", "statistics", *FREE)
 PAIRS = (("omega_c", "sigma_8"), ("omega_c", "w_0"), ("sigma_8", "w_0"))
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
 
@@ -67,7 +77,7 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        16, compressors=("imnn", "hybrid", "latent_scores"), n=(240,), n_inference=60, n_test=40, seeds=1,
+        16, compressors=("imnn", "hybrid", "marginal_score"), n=(240,), n_inference=60, n_test=40, seeds=1,
         channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
         ess=20, n_warmup=60, n_draws=60, n_chains=2,
     ),
@@ -108,7 +118,7 @@ def main(cfg: Config, out: Path) -> None:
     for n, seed in itertools.product(sorted(cfg.n, reverse=True), range(cfg.seeds)):
         data = None
         for name in cfg.compressors:
-            if name == "latent_scores" and n != max(cfg.n):
+            if name in FREE and n != max(cfg.n):
                 continue  # uses none of them
             path = out / "fits" / f"{name}_{n}_{seed}.json"
             if not path.exists():
@@ -188,6 +198,9 @@ def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed:
     if name == "latent_scores":
         scores = LatentScores(sim, centre, rates=(0.1,))
         return lambda x: scores.many(x[0])[:, -sim.prior.dim :], 0, 0
+    if name == "marginal_score":
+        score = MarginalScore(sim, centre)
+        return lambda x: score.many(x[0]), 0, 0
     network = MapNetwork(jax.random.fold_in(run.key("network"), seed), sim.n_bins, cfg.channels, cfg.fold)
     key = jax.random.fold_in(run.key("compress"), 1000 * seed + n)
     if name == "imnn":

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from diffsbi import summaries
+from diffsbi._files import load_npz, write_npz
 from diffsbi.diagnostics import c2st, compare_moments
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
@@ -46,14 +46,23 @@ def compress(sim, statistics, key, folder: Path, n_covariance: int, n_derivative
     return {"simulations": compression.n_simulations}
 
 
-def summarised(sim, summary, key, n: int, theta=None) -> np.ndarray:
-    """Summaries `(n, d)` of simulations without scores; theta is None, one vector, or one for each row."""
-    parts = []
-    for start in range(0, n, 500):
-        count = min(500, n - start)
+def summarised(sim, summary, key, n: int, theta=None, *, folder: Path | None = None) -> np.ndarray:
+    """Summaries `(n, d)` of simulations without scores; theta is None, one vector, or one for each row.
+
+    `summary` takes rows of maps. Blocks are kept in `folder`, if there is one, so that an interrupted run goes on.
+    """
+    parts, size = [], 100
+    for start in range(0, n, size):
+        path = folder / f"{start:06d}.npz" if folder else None
+        if path and path.exists():
+            parts.append(load_npz(path)["t"])
+            continue
+        count = min(size, n - start)
         rows = theta[start : start + count] if np.ndim(theta) == 2 else theta
-        draws = sim.draw(key, count, rows, with_score=False, start=start)
-        parts.append(np.asarray(jax.lax.map(summary, draws.x)))
+        parts.append(np.asarray(summary(sim.draw(key, count, rows, with_score=False, start=start).x)))
+        if path:
+            folder.mkdir(exist_ok=True)
+            write_npz(path, {"t": parts[-1]})
         print(f"simulations without scores: {start + count} of {n}", flush=True)
     return np.concatenate(parts)
 

@@ -87,10 +87,11 @@ def simulator(cfg: Config, shift: float = 1.0, noise: float = 1.0):
 
 
 def _simulate(cfg: Config, sim, statistics, run, folder: Path) -> dict:
-    made = {"simulated": summarised(sim, statistics, run.key("simulations"), cfg.n)}
+    rows = jax.jit(lambda x: jax.lax.map(statistics, x))
+    made = {"simulated": summarised(sim, rows, run.key("simulations"), cfg.n)}
     for i, (shift, noise) in enumerate(cfg.wrong):
         key = jax.random.fold_in(run.key("observed"), i)
-        made[f"observed_{i}"] = summarised(simulator(cfg, shift, noise), statistics, key, cfg.n_observed, sim.fiducial)
+        made[f"observed_{i}"] = summarised(simulator(cfg, shift, noise), rows, key, cfg.n_observed, sim.fiducial)
     np.savez(folder / "statistics.npz", **made)
     return {"simulations": cfg.n + len(cfg.wrong) * cfg.n_observed}
 

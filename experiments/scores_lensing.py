@@ -3,11 +3,11 @@
 One simulated LSST-Y10 map; every posterior is compared with the converged full-field chain of that map by C2ST. Maps
 are compressed to a number for each parameter, which loses information: no posterior given these numbers comes nearer to
 the full field's than that allows. The numbers are spectra, moments and peaks by score compression at the fiducial
-(`summary="statistics"`), or, without any simulation, the score at the proposal's centre and at the latents that two
-gradients find (`"latent_scores"`). So every posterior is also compared with what the numbers themselves say, as NLE
-learns it from `n_reference` simulations without scores (there is no exact answer). Parameters are drawn from the prior,
-or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed has simulations of its own; those of a
-smaller N are the first ones of a larger.
+(`summary="statistics"`), or, without any simulation, the marginal score at the proposal's centre, the mean over a
+short chain on the map's latents (`"marginal_score"`). So every posterior is also compared with what the numbers
+themselves say, as NLE learns it from `n_reference` simulations without scores (there is no exact answer). Parameters
+are drawn from the prior, or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed has
+simulations of its own; those of a smaller N are the first ones of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
 shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal.
@@ -24,7 +24,7 @@ import numpy as np
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
-from diffsbi.compression import LatentScores
+from diffsbi.compression import MarginalScore
 from diffsbi.diagnostics import sbc_ranks, sbc_test, tarp
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.runs import start_run
@@ -38,13 +38,14 @@ STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "su
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`summary`: "statistics" or "latent_scores"; `scores`: latent coordinate and averaged draws of each kind of score.
+    """`summary`: "statistics" or "marginal_score", by a chain of so many `turns`; `scores`: latents, averaged draws.
 
     The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
     """
 
     n_pix: int = 64
     summary: str = "statistics"
+    turns: int = 12
     proposal: str = "spectrum"
     widen: float = 1.25
     n: tuple[int, ...] = (25, 50, 100, 200, 400, 600, 1000, 2000)
@@ -68,7 +69,7 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        16, "latent_scores", n=(20,), n_scored=20, seeds=1, scores=(("whitened", 2),), n_reference=100,
+        16, "marginal_score", 3, n=(20,), n_scored=20, seeds=1, scores=(("whitened", 2),), n_reference=100,
         coverage_n=(20,), n_coverage=20, n_samples=200, members=1, ess=20, n_warmup=60, n_draws=60, n_chains=2,
     ),
     "paper": Config(),
@@ -76,12 +77,13 @@ PRESETS = {
     # 64² with the quiet scores alone, up to 400 simulations.
     "short": Config(n=(50, 100, 200, 400), n_scored=400, scores=(("whitened", 4),), n_reference=8000),
     # 64², compressed by gradients alone: no simulation but those of the fits.
-    "latent_scores": Config(
-        summary="latent_scores", n=(25, 50, 100, 200, 400), n_scored=400, n_reference=4000, coverage_n=(100,)
+    "marginal_score": Config(
+        summary="marginal_score", n=(25, 50, 100, 200, 400), n_scored=400, n_reference=4000, coverage_n=(100,)
     ),
-    # The full configuration; the sizes past the scored ones tell how many simulations without scores it takes.
+    # The full configuration, likewise; the sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        256, n=(50, 100, 200, 400, 1000, 2000), n_scored=200, seeds=4, ess=1000.0, n_reference=8000, members=2
+        256, "marginal_score", 16, n=(25, 50, 100, 200, 400), n_scored=100, seeds=3, estimators=("NPE",),
+        n_reference=1500, coverage_n=(100,), ess=1000.0, members=2,
     ),
 }  # fmt: skip
 
@@ -90,8 +92,8 @@ def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `distances.json`, print the table."""
     if cfg.proposal not in ("prior", "spectrum"):
         raise ValueError(f"Expected proposal 'prior' or 'spectrum'; got {cfg.proposal!r}.")
-    if cfg.summary not in ("statistics", "latent_scores"):
-        raise ValueError(f"Expected summary 'statistics' or 'latent_scores'; got {cfg.summary!r}.")
+    if cfg.summary not in ("statistics", "marginal_score"):
+        raise ValueError(f"Expected summary 'statistics' or 'marginal_score'; got {cfg.summary!r}.")
     _check_sizes(cfg)
     sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
     run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
@@ -99,7 +101,7 @@ def main(cfg: Config, out: Path) -> None:
     chain = full_field_draws(cfg, sim, x, run)
     proposal = spectrum_proposal(cfg, sim, x, run) if cfg.proposal == "spectrum" else None
     summary = _summary(cfg, sim, proposal, run)
-    observed = summary(jnp.asarray(x))
+    observed = summary(x[None])[0]
     run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
     run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
     pool, many = load_npz(run.path("simulations", "pool.npz")), load_npz(run.path("summaries", "pool.npz"))
@@ -150,16 +152,15 @@ def _name(kind: tuple[str, int] | None) -> str:
 
 
 def _summary(cfg: Config, sim, proposal, run):
-    """The function of one map that all posteriors are given."""
-    if cfg.summary == "latent_scores":
+    """The function of rows of maps that all posteriors are given."""
+    if cfg.summary == "marginal_score":
         centre = sim.fiducial if proposal is None else sim.prior.from_unconstrained(proposal.loc)
-        scores = LatentScores(sim, centre, rates=(0.1,))
-        return lambda x: scores(x)[-sim.prior.dim :]
+        return MarginalScore(sim, centre, n_turns=cfg.turns).many
     statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
     sizes = (cfg.n_covariance, cfg.n_derivative)
     run.once("compression", lambda folder: compress(sim, statistics, run.key("compression"), folder, *sizes))
     compression = summaries.ScoreCompression.load(run.path("compression", "compression.npz"))
-    return lambda x: compression(statistics(x))
+    return jax.jit(lambda x: jax.lax.map(lambda row: compression(statistics(row)), x))
 
 
 def _simulate(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
@@ -180,11 +181,10 @@ def _simulate(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
                 options = dict(latents=kind[0], n_average=kind[1], n_steps=steps.get(kind), start=start)
                 draws = sim.draw(key_draw, count, theta[start : start + count], **options)
                 part[_name(kind)] = np.asarray(draws.score)
-            part |= {"theta": np.asarray(draws.theta), "t": np.asarray(jax.lax.map(summary, draws.x))}
-            np.savez(path.with_suffix(".part.npz"), **part)
-            path.with_suffix(".part.npz").rename(path)
+            part |= {"theta": np.asarray(draws.theta), "t": np.asarray(summary(draws.x))}
+            write_npz(path, part)
         parts.append(load_npz(path))
-    np.savez(folder / "pool.npz", **{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+    write_npz(folder / "pool.npz", {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
     return {"simulations": n}
 
 
@@ -192,8 +192,8 @@ def _many(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
     """Summaries of many simulations without scores."""
     key_theta, key_draw = jax.random.split(run.key("summaries"))
     theta = (sim.prior if proposal is None else proposal).sample(key_theta, (cfg.n_reference,))
-    t = summarised(sim, summary, key_draw, cfg.n_reference, theta)
-    np.savez(folder / "pool.npz", theta=np.asarray(theta), t=t)
+    t = summarised(sim, summary, key_draw, cfg.n_reference, theta, folder=folder / "blocks")
+    write_npz(folder / "pool.npz", {"theta": np.asarray(theta), "t": t})
     return {"simulations": cfg.n_reference}
 
 
@@ -250,7 +250,7 @@ def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, fol
     arrays, n = (many["theta"], many["t"], None), 2 * cfg.n_samples
     key = run.key("given_summaries")
     theta, other = (_draws(_posterior(cfg, sim, e, proposal, arrays, key), key, n, observed) for e in (ds.NLE, ds.NPE))
-    np.savez(folder / "samples.npz", theta=theta)
+    write_npz(folder / "samples.npz", {"theta": theta})
     account = distances(theta, {"c2st": chain, "c2st_npe": other}, sim.names, 0)
     return account | {"simulations": cfg.n_reference}
 

@@ -16,8 +16,11 @@ TITLES = {
     "statistics": "statis-\ntics",
     "hybrid": "VMIM +\nstatistics",
     "latent_scores": "latent\nscores",
+    "marginal_score": "marginal\nscore",
 }
-DRAWN = {"vmim": "network (VMIM)", "hybrid": "network beside statistics", "latent_scores": "latent scores"}
+FREE = ("latent_scores", "marginal_score")
+
+DRAWN = {"vmim": "network (VMIM)", "hybrid": "network beside statistics", "marginal_score": "marginal score"}
 
 
 def draw(runs: Path) -> dict[str, plotting.Figure]:
@@ -46,7 +49,7 @@ def _points(rows: list[dict], name: str, place: int, value: str) -> list[tuple[s
     sizes = sorted({row["n"] for row in rows})
     titles = {n: f"{n} simulations" for n in sizes}
     found = mean_points(chosen, titles, value)  # type: ignore[arg-type]
-    if name == "latent_scores":
+    if name in FREE:
         return [("no simulation", place, *point) for _, _, *point in found]
     middle = (len(sizes) - 1) / 2
     return [(title, place + 0.15 * (sizes.index(n) - middle), *point) for title, n, *point in found]
