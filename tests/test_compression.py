@@ -270,6 +270,15 @@ def test_the_mean_over_a_chain_is_what_the_score_at_its_start_misses(x64):
 
 def test_wrong_points_and_rates_are_told(small_survey):
     sim = small_survey
+    statistic = MarginalScore(sim)
+    with pytest.raises(
+        ValueError, match=r"Expected rows of data of shape \(2, 8, 8\); got an array of shape \(2, 8, 8\)"
+    ):
+        statistic.many(jnp.zeros((2, 8, 8)))
+    with pytest.raises(ValueError, match=r"x with trailing shape \(2, 8, 8\); got \(2, 8, 9\)"):
+        statistic(jnp.zeros((2, 8, 9)))
+    with pytest.raises(ValueError, match="finite x; got 1 non-finite"):
+        statistic.many(jnp.zeros((3, 2, 8, 8)).at[1, 0, 2, 3].set(jnp.nan))
     for wrong in (dict(n_turns=2, n_burn=2), dict(n_burn=-1), dict(n_steps=0)):
         with pytest.raises(ValueError, match="Expected 0 <= n_burn < n_turns and n_steps >= 1"):
             MarginalScore(sim, **wrong)

@@ -7,8 +7,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, check_trailing
+from diffsbi._types import Array, Float, check_finite, check_trailing
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
 
 
@@ -34,12 +35,27 @@ class _ScoresAtOnePoint(eqx.Module):
     def __call__(self, x: Array) -> Array:
         """The numbers of one data set."""
 
-    def many(self, x) -> Array:
-        """The numbers of every row of `x`."""
-        return _many(self, jnp.asarray(x))
+    def many(self, x, *, progress: bool = False) -> Array:
+        """The numbers of every row of `x`.
+
+        Raises:
+            ValueError: Rows of another shape than the simulator's data, or not finite.
+        """
+        x = jnp.asarray(x, jnp.result_type(float))
+        if x.ndim != len(self._shape) + 1 or not len(x):
+            raise ValueError(f"Expected rows of data of shape {self._shape}; got an array of shape {x.shape}.")
+        check_trailing("x", x, self._shape)
+        check_finite("x", x)
+        rows = tqdm(x, desc=type(self).__name__, unit="row", disable=not progress)
+        return jnp.stack([_one(self, row) for row in rows])
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return jax.eval_shape(lambda: self.sim.draw_one(jax.random.key(0), self.theta0))[2].shape
 
     def _slopes(self, x: Array):
         r"""$\xi = 0$, and the function of $\xi$ that returns $\nabla \log p(x, \xi)$ in $\xi$ and in the state."""
+        check_trailing("x", x, self._shape)
         transport = self.sim.transport(self.latents)
 
         def density(xi, state):
@@ -158,5 +174,5 @@ def _setup(sim, theta0):
 
 
 @eqx.filter_jit
-def _many(scores, x):
-    return jax.lax.map(scores, x)
+def _one(statistic, x):
+    return statistic(x)
