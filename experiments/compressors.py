@@ -25,7 +25,6 @@ from jax.scipy.linalg import solve_triangular
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
-from diffsbi.comparison import prior_bounds
 from diffsbi.compression import (
     IMNN,
     HybridNetwork,
@@ -35,16 +34,14 @@ from diffsbi.compression import (
     fit_compressor,
     torus_symmetry,
 )
-from diffsbi.diagnostics import figure_of_merit
 from diffsbi.runs import start_run
 from experiments import command_line
 from experiments.curves import print_table
-from experiments.lensing import distances, full_field_draws, spectrum_proposal
+from experiments.lensing import MERITS, about, distances, full_field_draws, merits, spectrum_proposal
 
 LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
 FREE = ("latent_scores", "marginal_score")
 OTHERS = ("hybrid", "statistics", *FREE)
-PAIRS = (("omega_c", "sigma_8"), ("omega_c", "w_0"), ("sigma_8", "w_0"))
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
 
 
@@ -128,12 +125,11 @@ def main(cfg: Config, out: Path) -> None:
                 write_npz(path.with_suffix(".npz"), {"theta": theta})
                 write_json(path, row)
             rows.append(read_json(path) | dict(compressor=name, n=n, seed=seed))
-    about = dict(names=sim.names, truth=np.asarray(sim.fiducial).tolist(), bounds=prior_bounds(sim.prior))
-    write_json(out / "compressors.json", dict(rows=rows) | about)
+    write_json(out / "compressors.json", dict(rows=rows) | about(sim))
     columns = {
         "log_density": "Mean log-density of the parameters of test simulations, nats",
         "c2st": "C2ST against the full field",
-        **{f"merit_{a}_{b}": f"Figure of merit {a}, {b}: share of the full field's" for a, b in PAIRS},
+        **MERITS,
         "seconds": "Seconds of training",
     }
     for value, title in columns.items():
@@ -188,8 +184,7 @@ def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: 
     theta = np.asarray(posterior.sample(jax.random.split(key)[1], cfg.n_samples, observed))
     row = dict(log_density=float(jnp.mean(log_density)), seconds=seconds, simulations=simulations, epochs=epochs)
     row |= distances(theta[: cfg.n_samples // 2], {"c2st": chain}, sim.names, seed)
-    merits = [figure_of_merit(samples, sim.names, PAIRS) for samples in (theta, chain)]
-    return row | {f"merit_{a}_{b}": merits[0][a, b] / merits[1][a, b] for a, b in PAIRS}, theta
+    return row | merits(theta, chain, sim.names), theta
 
 
 def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: int):

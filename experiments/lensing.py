@@ -6,9 +6,13 @@ import numpy as np
 
 from diffsbi import summaries
 from diffsbi._files import load_npz, write_npz
-from diffsbi.diagnostics import c2st, compare_moments
+from diffsbi.comparison import prior_bounds
+from diffsbi.diagnostics import c2st, compare_moments, figure_of_merit
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
+
+PAIRS = (("omega_c", "sigma_8"), ("omega_c", "w_0"), ("sigma_8", "w_0"))
+MERITS = {f"merit_{a}_{b}": f"Figure of merit {a}, {b}: share of the full field's" for a, b in PAIRS}
 
 
 def full_field_draws(cfg, sim, x, run) -> np.ndarray:
@@ -73,3 +77,14 @@ def distances(theta, references: dict[str, np.ndarray], names, seed: int) -> dic
     found = {name: c2st(theta, to, seed=seed, duplicates="drop").value for name, to in references.items()}
     shift, width = (np.asarray(a).tolist() for a in (moments.shift, moments.width_ratio))
     return found | dict(shift=shift, width_ratio=width)
+
+
+def merits(theta, chain, names) -> dict[str, float]:
+    """Figures of merit of draws, over those of the chain."""
+    own, full = (figure_of_merit(samples, names, PAIRS) for samples in (theta, chain))
+    return {name: own[pair] / full[pair] for name, pair in zip(MERITS, PAIRS, strict=True)}
+
+
+def about(sim) -> dict:
+    """What a figure of posteriors says besides them."""
+    return dict(names=sim.names, truth=np.asarray(sim.fiducial).tolist(), bounds=prior_bounds(sim.prior))

@@ -30,7 +30,16 @@ from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.runs import start_run
 from experiments import command_line
 from experiments.curves import print_saved, print_table
-from experiments.lensing import compress, distances, full_field_draws, spectrum_proposal, summarised
+from experiments.lensing import (
+    MERITS,
+    about,
+    compress,
+    distances,
+    full_field_draws,
+    merits,
+    spectrum_proposal,
+    summarised,
+)
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
 STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
@@ -99,6 +108,7 @@ def main(cfg: Config, out: Path) -> None:
     run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
     x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
     chain = full_field_draws(cfg, sim, x, run)
+    write_npz(out / "full_field.npz", {"theta": chain})
     proposal = spectrum_proposal(cfg, sim, x, run) if cfg.proposal == "spectrum" else None
     summary = _summary(cfg, sim, proposal, run)
     observed = summary(x[None])[0]
@@ -119,16 +129,18 @@ def main(cfg: Config, out: Path) -> None:
             if n in cfg.coverage_n:
                 write_npz(path.with_suffix(".npz"), _at_observations(cfg, posterior, proposal, many, seed, key))
             theta = _draws(posterior, key, cfg.n_samples, observed)
-            write_json(path, distances(theta, references, sim.names, seed))
+            write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
+            write_json(path, distances(theta, references, sim.names, seed) | merits(theta, chain, sim.names))
         rows.append(read_json(path) | dict(estimator=name, score=_name(kind), n=n, seed=seed))
     limit = run.account("given_summaries")
     fitted = dict.fromkeys((r["n"], r["score"], r["estimator"]) for r in rows if r["n"] in cfg.coverage_n)
     calibration = [_calibration(cfg, out, *case) for case in fitted]
-    write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"], coverage=calibration))
-    for value, title in (("c2st", "the full field"), ("c2st_summaries", "what the summaries hold")):
-        print(f"\nC2ST against {title}, mean and standard error over {cfg.seeds} seeds")
+    write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"], coverage=calibration, **about(sim)))
+    tables = {"c2st": "C2ST against the full field", "c2st_summaries": "C2ST against what the summaries hold"} | MERITS
+    for value, title in tables.items():
+        print(f"\n{title}, mean and standard error over {cfg.seeds} seeds")
         print_table(rows, ("estimator", "score"), value)
-        for name, kind in itertools.product(cfg.estimators, cfg.scores):
+        for name, kind in itertools.product(cfg.estimators, cfg.scores if value not in MERITS else ()):
             print_saved(rows, {"estimator": name}, _name(kind), value)
     print(f"What the summaries hold against the full field: {limit}")
     print(f"\nCalibration on {cfg.n_coverage} observations: p-values of TARP and of the ranks of {sim.names}")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsbi._files import write_npz
 from diffsbi.inference import NPE
 from diffsbi.runs import start_run
 from diffsbi.simulators.two_moons import two_moons
@@ -37,18 +38,21 @@ def main(cfg: Config, out: Path) -> None:
         run.once(density, lambda folder, density=density: _fit(cfg, run, density, folder))
 
 
-def _points(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
-    """A grid over both moons `(n, n, 2)`, and a line across one of them `(m, 2)`."""
-    x, y = np.linspace(0.2, 0.9, cfg.n_grid), np.linspace(0.3, 0.7, cfg.n_grid)
-    line = np.linspace(0.25, 0.65, 20 * cfg.n_grid)
-    return np.stack(np.meshgrid(x, y), -1), np.stack([line, np.full_like(line, cfg.cut)], -1)
+def tabulated(log_density, score, n: int, cut: float) -> dict[str, np.ndarray]:
+    """A log-density on a grid over both moons `(n, n)`, and its score's first component on a line across one of them.
+
+    With the points: "grid" `(n, n, 2)` and "line" `(20 n, 2)`, at the height `cut`.
+    """
+    grid = np.stack(np.meshgrid(np.linspace(0.2, 0.9, n), np.linspace(0.3, 0.7, n)), -1)
+    line = np.linspace(0.25, 0.65, 20 * n)
+    line = np.stack([line, np.full_like(line, cut)], -1)
+    values = np.asarray(jax.lax.map(log_density, jnp.asarray(grid)))
+    return dict(grid=grid, line=line, log_density=values, score=np.asarray(score(jnp.asarray(line)))[:, 0])
 
 
 def _exact(cfg: Config, folder: Path) -> dict:
     target = two_moons()
-    grid, line = _points(cfg)
-    log_density, score = target.log_density(jnp.asarray(grid)), target.density_score(jnp.asarray(line))
-    np.savez(folder / "density.npz", log_density=log_density, score=score[:, 0], grid=grid, line=line)
+    write_npz(folder / "density.npz", tabulated(target.log_density, target.density_score, cfg.n_grid, cfg.cut))
     return {}
 
 
@@ -64,9 +68,7 @@ def _fit(cfg: Config, run, density: str, folder: Path) -> dict:
     # A density with thin curved ridges, not a posterior: nothing should pull it towards a normal one.
     settings = {"members": 1, "batch_size": 128, "patience": 200, "weight_decay": 0.0, "max_epochs": cfg.max_epochs}
     posterior = npe.fit(run.key(density), progress=True, **settings).condition(jnp.zeros(1))
-    grid, line = map(jnp.asarray, _points(cfg))
-    log_density = jax.lax.map(posterior.log_prob, grid)
-    np.savez(folder / "density.npz", log_density=log_density, score=posterior.score(line)[:, 0])
+    write_npz(folder / "density.npz", tabulated(posterior.log_prob, posterior.score, cfg.n_grid, cfg.cut))
     return {"simulations": cfg.n, "stop_reason": posterior.history.stop_reason}
 
 

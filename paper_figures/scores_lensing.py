@@ -1,19 +1,20 @@
-"""C2ST against the full field by number of simulations and kind of score; coverage: `experiments.scores_lensing`."""
+"""C2ST against the full field by number of simulations and score; contours; coverage: `experiments.scores_lensing`."""
 
 from pathlib import Path
 
 import numpy as np
 
 from diffsbi import plotting
-from diffsbi._files import read_json
+from diffsbi._files import load_npz, read_json
 from paper_figures import command_line, mean_points
 
 TITLES = {"none": "no score", "white_1": "white", "whitened_1": "whitened", "whitened_4": "whitened, mean of 4"}
 
 
 def draw(runs: Path) -> dict[str, plotting.Figure]:
-    found = read_json(runs / "scores_lensing" / "distances.json")
-    figures = {}
+    folder = runs / "scores_lensing"
+    found = read_json(folder / "distances.json")
+    figures = {"scores_lensing_contours": _contours(found, folder)}
     for estimator in dict.fromkeys(row["estimator"] for row in found["rows"]):
         chosen = [row for row in found["rows"] if row["estimator"] == estimator]
         x, limit = f"simulations ({estimator})", {"what the summaries hold": found["limit"]}
@@ -27,6 +28,18 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
             "credibility level (TARP)", "coverage − level", {"calibrated": 0.0}, log_y=False, log_x=False,
         )  # fmt: skip
     return figures
+
+
+def _contours(found: dict, folder: Path) -> plotting.Figure:
+    """The full field, and each estimator's fit to the first seed's simulations, the most with the last kind of score."""
+    kind = found["rows"][-1]["score"]
+    n = max(row["n"] for row in found["rows"] if row["score"] == kind)
+    samples, titles = {"full_field": load_npz(folder / "full_field.npz")["theta"]}, {"full_field": "full field (HMC)"}
+    for name in dict.fromkeys(row["estimator"] for row in found["rows"]):
+        samples[name] = load_npz(folder / "fits" / f"{name}_{kind}_{n}_0.draws.npz")["theta"]
+        titles[name] = f"{name}, {n} simulations"
+    truth = dict(zip(found["names"], found["truth"], strict=True))
+    return plotting.contours(samples, found["names"], truth=truth, titles=titles, bounds=found["bounds"])
 
 
 def _coverage(case: dict) -> list[tuple[str, float, float, float]]:
