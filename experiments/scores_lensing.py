@@ -91,7 +91,7 @@ PRESETS = {
     ),
     # The full configuration, likewise; the sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        256, "marginal_score", 16, n=(25, 50, 100, 200, 400), n_scored=100, seeds=3, estimators=("NPE",),
+        256, "marginal_score", n=(25, 50, 100, 200, 400), n_scored=100, seeds=3, estimators=("NPE",),
         n_reference=1500, coverage_n=(100,), ess=1000.0, members=2,
     ),
 }  # fmt: skip

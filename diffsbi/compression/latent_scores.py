@@ -1,5 +1,7 @@
 """Statistics from gradients of the simulator alone: scores at one theta, at latents that the data suggest."""
 
+import functools
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +13,7 @@ from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, check_finite, check_trailing
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
+from diffsbi.simulators.averaging import evaluator
 
 
 class _ScoresAtOnePoint(eqx.Module):
@@ -53,17 +56,14 @@ class _ScoresAtOnePoint(eqx.Module):
     def _shape(self) -> tuple[int, ...]:
         return jax.eval_shape(lambda: self.sim.draw_one(jax.random.key(0), self.theta0))[2].shape
 
-    def _slopes(self, x: Array):
-        r"""$\xi = 0$, and the function of $\xi$ that returns $\nabla \log p(x, \xi)$ in $\xi$ and in the state."""
+    def _start(self, x: Array):
+        r"""The state at $\xi = 0$, and the function of $\xi$ that returns the state there: one gradient."""
         check_trailing("x", x, self._shape)
         transport = self.sim.transport(self.latents)
-
-        def density(xi, state):
-            return self.sim.log_conditional_of(state, xi, x, transport)
-
         white = self.sim.latents(self.state).sample(jax.random.key(0))
         shape = jax.eval_shape(lambda: transport.from_latents(self.state, white, x)[0])
-        return jnp.zeros(shape.shape, shape.dtype), lambda xi: jax.grad(density, (0, 1))(xi, self.state)
+        evaluate = functools.partial(evaluator(self.sim, x, self.latents), self.state)
+        return jnp.zeros(shape.shape, shape.dtype), evaluate
 
     def _score(self, of_state) -> Float[Array, " p"]:
         """The gradient in theta, from that in what theta fixes."""
@@ -98,11 +98,11 @@ class LatentScores(_ScoresAtOnePoint):
 
     def __call__(self, x: Array) -> Float[Array, " k_p"]:
         """The scores of one data set."""
-        start, slopes = self._slopes(x)
+        start, evaluate = self._start(x)
 
         def step(xi, rate):
-            slope, of_state = slopes(xi)
-            return xi + rate * slope, self._score(of_state)
+            at = evaluate(xi)
+            return xi + rate * at.slope, self._score(at.slope_of_setup)
 
         _, scores = jax.lax.scan(step, start, jnp.asarray((*self.rates, 0.0), start.dtype))
         return scores.ravel()
@@ -112,13 +112,13 @@ class MarginalScore(_ScoresAtOnePoint):
     r"""$x \to E[\nabla_\theta \log p(x, \xi | \theta_0)]$ over a chain on $\xi | x, \theta_0$: `p` numbers.
 
     By Fisher's identity the mean is the marginal score at $\theta_0$, which is sufficient near it (locally lossless).
-    The chain is Hamiltonian about a standard normal: quarter turns, between each of which the momentum is new, made of
-    `n_steps` steps rotate - kick - rotate with a gradient each. Every gradient counts, those of the first `n_burn`
-    turns excepted; it starts at $\xi = 0$. As a statistic the mean need not be exact, so nothing is rejected, and
-    the momenta are the same for all data: a deterministic function of x, whose error is partly common to all.
+    The chain is Hamiltonian about a standard normal: quarter turns, each with a new momentum, made of `n_steps` steps
+    kick - rotate - kick with a gradient each. It starts at $\xi = 0$, and all points of the turns after the first
+    `n_burn` count. As a statistic the mean need not be exact: a turn is refused, and its start counted instead, only
+    where the integrator leaves the energy by more than $10 + \sqrt{d} / 10$, far out of what d dimensions make of
+    good steps. The momenta are the same for all data: a deterministic function of x, its error partly common to all.
 
-    It costs `n_turns * n_steps` gradients. A chain that diverges gives numbers that are not finite, which estimators
-    refuse: take more steps.
+    It costs `n_turns * n_steps + 1` gradients.
 
     Args:
         sim: Any simulator of the protocol.
@@ -139,7 +139,7 @@ class MarginalScore(_ScoresAtOnePoint):
     n_steps: int = eqx.field(static=True)
     seed: int = eqx.field(static=True)
 
-    def __init__(self, sim, theta0=None, *, n_turns=12, n_burn=2, n_steps=4, latents="whitened", seed=0):
+    def __init__(self, sim, theta0=None, *, n_turns=12, n_burn=2, n_steps=5, latents="whitened", seed=0):
         if not 0 <= n_burn < n_turns or n_steps < 1:
             raise ValueError(
                 "Expected 0 <= n_burn < n_turns and n_steps >= 1; "
@@ -150,21 +150,28 @@ class MarginalScore(_ScoresAtOnePoint):
 
     def __call__(self, x: Array) -> Float[Array, " p"]:
         """The mean score of one data set."""
-        start, slopes = self._slopes(x)
+        start, evaluate = self._start(x)
         key, angle = jax.random.key(self.seed), jnp.asarray(QUARTER_TURN / self.n_steps, start.dtype)
         zero = jax.tree.map(jnp.zeros_like, self.state)
+        limit = 10 + 0.1 * math.sqrt(start.size)
 
-        def step(i, carry):
-            xi, p, total = carry
-            momentum = jax.random.normal(jax.random.fold_in(key, i), start.shape, start.dtype)
-            p = jnp.where(i % self.n_steps == 0, momentum, p)
-            xi, p = rotate(xi, p, angle / 2)
-            slope, of_state = slopes(xi)
-            xi, p = rotate(xi, kick(xi, p, slope, angle), angle / 2)
-            counts = i >= self.n_burn * self.n_steps
-            return xi, p, jax.tree.map(lambda a, b: jnp.where(counts, a + b, a), total, of_state)
+        def step(_, carry):
+            at, p, path = carry
+            xi, p = rotate(at.xi, kick(at.xi, p, at.slope, angle / 2), angle)
+            at = evaluate(xi)
+            return at, kick(xi, p, at.slope, angle / 2), jax.tree.map(jnp.add, path, at.slope_of_setup)
 
-        *_, total = jax.lax.fori_loop(0, self.n_turns * self.n_steps, step, (start, start, zero))
+        def turn(k, carry):
+            at, total = carry
+            momentum = jax.random.normal(jax.random.fold_in(key, k), start.shape, start.dtype)
+            new, p, path = jax.lax.fori_loop(0, self.n_steps, step, (at, momentum, zero))
+            # Differences first: in 10^5 dimensions the energies themselves are too large for float32.
+            change = (new.value - at.value) - 0.5 * jnp.sum((p - momentum) * (p + momentum))
+            stay = jax.tree.map(lambda a: self.n_steps * a, at.slope_of_setup)
+            at, path = jax.tree.map(lambda a, b: jnp.where(change > -limit, a, b), (new, path), (at, stay))
+            return at, jax.tree.map(lambda a, b: jnp.where(k >= self.n_burn, a + b, a), total, path)
+
+        _, total = jax.lax.fori_loop(0, self.n_turns, turn, (evaluate(start), zero))
         return self._score(total) / ((self.n_turns - self.n_burn) * self.n_steps)
 
 

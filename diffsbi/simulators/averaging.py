@@ -1,6 +1,8 @@
 r"""Scores with little noise: the joint score averaged over exact posterior draws of the latents."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,27 @@ from diffsbi._types import Array, Float, Key
 from diffsbi.integrators import KICKS, QUARTER_TURN, kick, rotate
 
 
-class _State(NamedTuple):
-    """A state of the chain: where it is, and the log-density with its slopes in the latents and in what theta fixes."""
+class State(NamedTuple):
+    """A state of a chain: where it is, and the log-density with its slopes in the latents and in what theta fixes."""
 
     xi: Array
     value: Array
     slope: Array
-    slope_of_setup: object
+    slope_of_setup: Any
+
+
+def evaluator(sim, x: Array, latents: str) -> Callable[[Any, Array], State]:
+    r"""The function of (setup, $\xi$) that returns the `State` at $\xi$ for data x: one gradient."""
+    transport = sim.transport(latents)
+
+    def density(xi, setup):
+        return sim.log_conditional_of(setup, xi, x, transport)
+
+    def evaluate(setup, xi) -> State:
+        value, (slope, slope_of_setup) = jax.value_and_grad(density, (0, 1))(xi, setup)
+        return State(xi, value, slope, slope_of_setup)
+
+    return evaluate
 
 
 def average_score(
@@ -43,15 +59,8 @@ def average_score(
         The average `(p,)` and the mean acceptance probability. It takes 2 (K - 1) n_steps + 1 gradients.
     """
     setup, pull_back = jax.vjp(sim.setup, theta)
-    transport = sim.transport(latents)
-    xi, _ = transport.from_latents(setup, z, x)
-
-    def density(xi, setup):
-        return sim.log_conditional_of(setup, xi, x, transport)
-
-    def evaluate(xi) -> _State:
-        value, (slope, slope_of_setup) = jax.value_and_grad(density, (0, 1))(xi, setup)
-        return _State(xi, value, slope, slope_of_setup)
+    xi, _ = sim.transport(latents).from_latents(setup, z, x)
+    evaluate = functools.partial(evaluator(sim, x, latents), setup)
 
     def transition(k, carry):
         state, total, acceptance = carry
@@ -65,7 +74,7 @@ def average_score(
     return score, acceptance / (n_average - 1)
 
 
-def _transition(evaluate, state: _State, key: Key, n_steps) -> tuple[_State, Array]:
+def _transition(evaluate, state: State, key: Key, n_steps) -> tuple[State, Array]:
     key_p, key_u = jax.random.split(key)
     dtype = state.xi.dtype
     step = jnp.asarray(QUARTER_TURN / n_steps, dtype)
