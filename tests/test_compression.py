@@ -242,13 +242,13 @@ def test_the_mean_over_a_chain_is_the_marginal_score(x64):
     linear = ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2)
     theta, x = jnp.asarray([0.3, -0.2]), jnp.asarray([0.5, -1.0, 0.2, 1.5])
     exact = linear.marginal_score(theta, x)
-    np.testing.assert_allclose(MarginalScore(linear, theta, n_turns=3)(x), exact, rtol=1e-8)
+    np.testing.assert_allclose(MarginalScore(linear, theta, n_turns=4)(x), exact, rtol=1e-8)
     settings = dict(n_turns=300, n_steps=8, latents="white")
     means = np.stack([MarginalScore(linear, theta, seed=seed, **settings).many(x[None])[0] for seed in range(6)])
     error = means.std(0, ddof=1) / np.sqrt(len(means))
     assert np.all(np.abs(means.mean(0) - exact) < 5 * error) and np.all(error < 0.1 * np.abs(exact))
-    first = MarginalScore(linear, theta, n_turns=1, n_burn=0, n_steps=1, latents="white")(x)
-    assert np.all(np.abs(first - exact) > 5 * error)  # one state far from equilibrium is another number
+    first = MarginalScore(linear, theta, n_turns=1, n_burn=0, n_steps=8, latents="white")(x)
+    assert np.all(np.abs(first - exact) > 5 * error)  # one turn from the origin is another number
 
 
 def test_the_mean_over_a_chain_is_what_the_score_at_its_start_misses(x64):
@@ -266,6 +266,23 @@ def test_the_mean_over_a_chain_is_what_the_score_at_its_start_misses(x64):
         )
     )
     assert np.all(chain < 0.1 * start) and np.all(chain < 0.1 * exact.std(0)), (chain, start)
+
+
+class Stiff(Scale):
+    """So little noise that a step of a quarter turn throws the latents far away."""
+
+    def likelihood(self, theta, z):
+        return dist.Normal(theta[0] + jnp.exp(theta[1]) * z, 0.01).to_event(1)
+
+
+def test_steps_that_go_astray_are_made_shorter(x64):
+    sim, theta = Stiff(), jnp.asarray([0.2, -0.1])
+    x = sim.draw(jax.random.key(5), 3, theta, with_score=False).x
+    settings = dict(n_turns=12, n_burn=8, latents="white")
+    assert np.all(np.isnan(MarginalScore(sim, theta, n_steps=1, **settings).many(x)))  # 16 in a turn are too few
+    start = LatentScores(sim, theta, rates=(), latents="white").many(x)[:, 0]
+    shortened, short = (MarginalScore(sim, theta, n_steps=n, **settings).many(x)[:, 0] for n in (25, 400))
+    assert np.all(np.abs(short) < 0.01 * np.abs(start)) and np.all(np.abs(shortened) < 0.01 * np.abs(start))
 
 
 def test_wrong_points_and_rates_are_told(small_survey):

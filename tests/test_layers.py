@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "summaries": BOTTOM,
     "flows": BOTTOM,
     "inference": BOTTOM | {"flows", "summaries", "sampling"},
-    "compression": BOTTOM | {"flows", "inference"},
+    "compression": BOTTOM | {"flows", "inference", "integrators", "simulators"},
     "sampling": BOTTOM | {"simulators", "cosmology", "integrators"},
     "diagnostics": BOTTOM,
     "store": BOTTOM,

@@ -114,11 +114,13 @@ class MarginalScore(_ScoresAtOnePoint):
     By Fisher's identity the mean is the marginal score at $\theta_0$, which is sufficient near it (locally lossless).
     The chain is Hamiltonian about a standard normal: quarter turns, each with a new momentum, made of `n_steps` steps
     kick - rotate - kick with a gradient each. It starts at $\xi = 0$, and all points of the turns after the first
-    `n_burn` count. As a statistic the mean need not be exact: a turn is refused, and its start counted instead, only
-    where the integrator leaves the energy by more than $10 + \sqrt{d} / 10$, far out of what d dimensions make of
-    good steps. The momenta are the same for all data: a deterministic function of x, its error partly common to all.
+    `n_burn` count. As a statistic the mean need not be exact, so there is no acceptance step; but a single object can
+    make a step unstable. A turn over which the energy grows by more than $10 + \sqrt{d} / 10$, far beyond what good
+    steps in d dimensions do, is undone, and steps are half as long from there on (at most four times). The momenta are
+    the same for all data: a deterministic function of x, its error partly common to all.
 
-    It costs `n_turns * n_steps + 1` gradients.
+    It costs `n_turns * n_steps + 1` gradients, and more for data that want shorter steps. Where those do not help
+    either the numbers are NaN, which estimators refuse: take more steps.
 
     Args:
         sim: Any simulator of the protocol.
@@ -139,7 +141,7 @@ class MarginalScore(_ScoresAtOnePoint):
     n_steps: int = eqx.field(static=True)
     seed: int = eqx.field(static=True)
 
-    def __init__(self, sim, theta0=None, *, n_turns=12, n_burn=2, n_steps=5, latents="whitened", seed=0):
+    def __init__(self, sim, theta0=None, *, n_turns=15, n_burn=3, n_steps=4, latents="whitened", seed=0):
         if not 0 <= n_burn < n_turns or n_steps < 1:
             raise ValueError(
                 "Expected 0 <= n_burn < n_turns and n_steps >= 1; "
@@ -151,28 +153,32 @@ class MarginalScore(_ScoresAtOnePoint):
     def __call__(self, x: Array) -> Float[Array, " p"]:
         """The mean score of one data set."""
         start, evaluate = self._start(x)
-        key, angle = jax.random.key(self.seed), jnp.asarray(QUARTER_TURN / self.n_steps, start.dtype)
-        zero = jax.tree.map(jnp.zeros_like, self.state)
+        key, zero = jax.random.key(self.seed), jax.tree.map(jnp.zeros_like, self.state)
         limit = 10 + 0.1 * math.sqrt(start.size)
 
-        def step(_, carry):
-            at, p, path = carry
-            xi, p = rotate(at.xi, kick(at.xi, p, at.slope, angle / 2), angle)
-            at = evaluate(xi)
-            return at, kick(xi, p, at.slope, angle / 2), jax.tree.map(jnp.add, path, at.slope_of_setup)
-
         def turn(k, carry):
-            at, total = carry
+            at, total, count, n_steps = carry
+            angle = QUARTER_TURN / n_steps.astype(start.dtype)
+
+            def step(_, carry):
+                at, p, path = carry
+                xi, p = rotate(at.xi, kick(at.xi, p, at.slope, angle / 2), angle)
+                at = evaluate(xi)
+                return at, kick(xi, p, at.slope, angle / 2), jax.tree.map(jnp.add, path, at.slope_of_setup)
+
             momentum = jax.random.normal(jax.random.fold_in(key, k), start.shape, start.dtype)
-            new, p, path = jax.lax.fori_loop(0, self.n_steps, step, (at, momentum, zero))
+            new, p, path = jax.lax.fori_loop(0, n_steps, step, (at, momentum, zero))
             # Differences first: in 10^5 dimensions the energies themselves are too large for float32.
             change = (new.value - at.value) - 0.5 * jnp.sum((p - momentum) * (p + momentum))
-            stay = jax.tree.map(lambda a: self.n_steps * a, at.slope_of_setup)
-            at, path = jax.tree.map(lambda a, b: jnp.where(change > -limit, a, b), (new, path), (at, stay))
-            return at, jax.tree.map(lambda a, b: jnp.where(k >= self.n_burn, a + b, a), total, path)
+            good = change > -limit  # not where it is NaN
+            at = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, at)
+            counts = good & (k >= self.n_burn)
+            total = jax.tree.map(lambda a, b: jnp.where(counts, a + b / n_steps, a), total, path)
+            return at, total, count + counts, jnp.where(good, n_steps, jnp.minimum(2 * n_steps, 16 * self.n_steps))
 
-        _, total = jax.lax.fori_loop(0, self.n_turns, turn, (evaluate(start), zero))
-        return self._score(total) / ((self.n_turns - self.n_burn) * self.n_steps)
+        carry = (evaluate(start), zero, jnp.zeros((), start.dtype), jnp.asarray(self.n_steps))
+        _, total, count, _ = jax.lax.fori_loop(0, self.n_turns, turn, carry)
+        return self._score(total) / count
 
 
 @eqx.filter_jit
