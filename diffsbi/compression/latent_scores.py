@@ -44,10 +44,10 @@ class _ScoresAtOnePoint(eqx.Module):
         Raises:
             ValueError: Rows of another shape than the simulator's data, or not finite.
         """
-        x = jnp.asarray(x, jnp.result_type(float))
-        if x.ndim != len(self._shape) + 1 or not len(x):
-            raise ValueError(f"Expected rows of data of shape {self._shape}; got an array of shape {x.shape}.")
-        check_trailing("x", x, self._shape)
+        x, shape = jnp.asarray(x, jnp.result_type(float)), self._shape
+        if x.ndim != len(shape) + 1 or not len(x):
+            raise ValueError(f"Expected rows of data of shape {shape}; got an array of shape {x.shape}.")
+        check_trailing("x", x, shape)
         check_finite("x", x)
         rows = tqdm(x, desc=type(self).__name__, unit="row", disable=not progress)
         return jnp.stack([_one(self, row) for row in rows])
