@@ -5,10 +5,10 @@ are compressed to a number for each parameter, which loses information: no poste
 the full field's than that allows. The numbers are spectra, moments and peaks by score compression at the fiducial
 (`summary="statistics"`), or, without any simulation, the marginal score at the proposal's centre, the mean over a
 short chain on the map's latents (`"marginal_score"`), or the score at the latents that two gradients find, which is as
-good on small maps (`"latent_scores"`). So every posterior is also compared with what the numbers
-themselves say, as NLE learns it from `n_reference` simulations without scores (there is no exact answer). Parameters
-are drawn from the prior, or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed has
-simulations of its own; those of a smaller N are the first ones of a larger.
+good on small maps (`"latent_scores"`). So every posterior is also compared with what the numbers themselves say, as NLE
+learns it from `n_reference` simulations without scores (there is no exact answer). Parameters are drawn from the prior,
+or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed has simulations of its own; those of a
+smaller N are the first ones of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
 shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal.

@@ -141,7 +141,7 @@ class MarginalScore(_ScoresAtOnePoint):
     n_steps: int = eqx.field(static=True)
     seed: int = eqx.field(static=True)
 
-    def __init__(self, sim, theta0=None, *, n_turns=15, n_burn=3, n_steps=4, latents="whitened", seed=0):
+    def __init__(self, sim, theta0=None, *, n_turns=12, n_burn=3, n_steps=4, latents="whitened", seed=0):
         if not 0 <= n_burn < n_turns or n_steps < 1:
             raise ValueError(
                 "Expected 0 <= n_burn < n_turns and n_steps >= 1; "
