@@ -49,13 +49,14 @@ STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "su
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`summary`: "statistics", "latent_scores" or "marginal_score"; `scores`: latents, averaged draws.
+    """`summary`: "statistics", "latent_scores" or "marginal_score", of `turns`; `scores`: latents, averaged draws.
 
     The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
     """
 
     n_pix: int = 64
     summary: str = "statistics"
+    turns: int = 12
     proposal: str = "spectrum"
     widen: float = 1.25
     n: tuple[int, ...] = (25, 50, 100, 200, 400, 600, 1000, 2000)
@@ -92,7 +93,7 @@ PRESETS = {
     ),
     # The full configuration, likewise; the sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        256, "marginal_score", n=(25, 50, 100, 200, 400), n_scored=100, seeds=3, estimators=("NPE",),
+        256, "marginal_score", 30, n=(25, 50, 100, 200, 400), n_scored=100, seeds=3, estimators=("NPE",),
         n_reference=1500, coverage_n=(100,), ess=1000.0, members=2,
     ),
 }  # fmt: skip
@@ -168,7 +169,7 @@ def _summary(cfg: Config, sim, proposal, run):
     """The function of rows of maps that all posteriors are given."""
     centre = sim.fiducial if proposal is None else sim.prior.from_unconstrained(proposal.loc)
     if cfg.summary == "marginal_score":
-        return MarginalScore(sim, centre).many
+        return MarginalScore(sim, centre, n_turns=cfg.turns).many
     if cfg.summary == "latent_scores":
         scores = LatentScores(sim, centre, rates=(0.1,))
         return lambda x: scores.many(x)[:, -sim.prior.dim :]

@@ -32,7 +32,7 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
 
 def _contours(found: dict, folder: Path) -> plotting.Figure:
     """The full field, and each estimator on the first seed's simulations, the most with the last kind of score."""
-    kind = found["rows"][-1]["score"]
+    *_, kind = dict.fromkeys(row["score"] for row in found["rows"])
     n = max(row["n"] for row in found["rows"] if row["score"] == kind)
     samples, titles = {"full_field": load_npz(folder / "full_field.npz")["theta"]}, {"full_field": "full field (HMC)"}
     for name in dict.fromkeys(row["estimator"] for row in found["rows"]):
