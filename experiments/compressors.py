@@ -109,7 +109,6 @@ def main(cfg: Config, out: Path) -> None:
     run = start_run(out, {"name": "compressors"} | dataclasses.asdict(cfg), STAGES)
     x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
     chain = full_field_draws(cfg, sim, x, run)
-    write_npz(out / "full_field.npz", {"theta": chain})
     proposal = spectrum_proposal(cfg, sim, x, run)
     rows = []
     for n, seed in itertools.product(sorted(cfg.n, reverse=True), range(cfg.seeds)):

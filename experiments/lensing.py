@@ -26,7 +26,9 @@ def full_field_draws(cfg, sim, x, run) -> np.ndarray:
         return {"gradients": chains.gradients}
 
     run.once("reference", work)
-    return load_chains(run.path("reference")).flat()
+    draws = load_chains(run.path("reference")).flat()
+    write_npz(run.folder / "full_field.npz", {"theta": draws})  # for the figures, which know nothing of chains
+    return draws
 
 
 def spectrum_proposal(cfg, sim, x, run) -> GaussianProposal:

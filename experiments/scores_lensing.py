@@ -93,7 +93,7 @@ PRESETS = {
     ),
     # The full configuration, likewise; the sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        256, "marginal_score", 30, n=(25, 50, 100, 200, 400), n_scored=100, seeds=3, estimators=("NPE",),
+        256, "marginal_score", n=(25, 50, 100, 200, 400), n_scored=100, seeds=3, estimators=("NPE",),
         n_reference=1500, coverage_n=(100,), ess=1000.0, members=2,
     ),
 }  # fmt: skip
@@ -110,7 +110,6 @@ def main(cfg: Config, out: Path) -> None:
     run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
     x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
     chain = full_field_draws(cfg, sim, x, run)
-    write_npz(out / "full_field.npz", {"theta": chain})
     proposal = spectrum_proposal(cfg, sim, x, run) if cfg.proposal == "spectrum" else None
     summary = _summary(cfg, sim, proposal, run)
     observed = summary(x[None])[0]

@@ -75,7 +75,8 @@ def main(cfg: Config, out: Path) -> None:
                 write_npz(out / "learned" / f"{score}.npz", _table(cfg, posterior.log_prob, posterior.score))
             write_json(path, _measured(cfg, run, posterior, test, n, seed))
         rows.append(read_json(path) | dict(score=str(score), n=n, seed=seed))
-    write_npz(out / "learned" / "truth.npz", _table(cfg, target.log_density, target.density_score))
+    if not (truth := out / "learned" / "truth.npz").exists():
+        write_npz(truth, _table(cfg, target.log_density, target.density_score))
     write_json(out / "distances.json", dict(rows=rows, published=PUBLISHED))
     compared = [row for row in rows if row["score"] in PUBLISHED]
     print(f"\nC2ST, mean and standard error over {cfg.seeds} seeds; published: {PUBLISHED}")

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, check_finite, check_trailing
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
-from diffsbi.simulators.averaging import evaluator
+from diffsbi.simulators.averaging import energy_lost, evaluator
 
 
 class _ScoresAtOnePoint(eqx.Module):
@@ -168,9 +168,7 @@ class MarginalScore(_ScoresAtOnePoint):
 
             momentum = jax.random.normal(jax.random.fold_in(key, k), start.shape, start.dtype)
             new, p, path = jax.lax.fori_loop(0, n_steps, step, (at, momentum, zero))
-            # Differences first: in 10^5 dimensions the energies themselves are too large for float32.
-            change = (new.value - at.value) - 0.5 * jnp.sum((p - momentum) * (p + momentum))
-            good = change > -limit  # not where it is NaN
+            good = energy_lost(at, new, momentum, p) > -limit  # not where it is NaN
             at = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, at)
             counts = good & (k >= self.n_burn)
             total = jax.tree.map(lambda a, b: jnp.where(counts, a + b / n_steps, a), total, path)

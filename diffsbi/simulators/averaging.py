@@ -20,6 +20,14 @@ class State(NamedTuple):
     slope_of_setup: Any
 
 
+def energy_lost(before: State, after: State, momentum: Array, moved: Array) -> Array:
+    r"""$H - H'$ of a trajectory, $H = -\log p(x, \xi) + |p|^2/2$; p is `momentum` at its start and `moved` at its end.
+
+    Differences come first: in 10^5 dimensions the energies themselves are too large for float32.
+    """
+    return (after.value - before.value) - 0.5 * jnp.sum((moved - momentum) * (moved + momentum))
+
+
 def evaluator(sim, x: Array, latents: str) -> Callable[[Any, Array], State]:
     r"""The function of (setup, $\xi$) that returns the `State` at $\xi$ for data x: one gradient."""
     transport = sim.transport(latents)
@@ -90,8 +98,7 @@ def _transition(evaluate, state: State, key: Key, n_steps) -> tuple[State, Array
 
     new, p = jax.lax.fori_loop(0, 2 * n_steps, half_step, (state, momentum))
     p = kick(new.xi, p, new.slope, KICKS[2] * step)
-    # Differences first: in 10^5 dimensions the energies themselves are too large for float32.
-    change = (new.value - state.value) - 0.5 * jnp.sum((p - momentum) * (p + momentum))
+    change = energy_lost(state, new, momentum, p)
     acceptance = jnp.where(jnp.isfinite(change), jnp.minimum(1.0, jnp.exp(change)), 0.0).astype(state.value.dtype)
     accepted = jax.random.uniform(key_u, dtype=acceptance.dtype) < acceptance
     return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state), acceptance
