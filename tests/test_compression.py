@@ -249,6 +249,12 @@ def test_the_mean_over_a_chain_is_the_marginal_score(x64):
     assert np.all(np.abs(means.mean(0) - exact) < 5 * error) and np.all(error < 0.1 * np.abs(exact))
     first = MarginalScore(linear, theta, n_turns=1, n_burn=0, n_steps=8, latents="white")(x)
     assert np.all(np.abs(first - exact) > 5 * error)  # one turn from the origin is another number
+    # What one chain's turns say of its error, in batches of ten for their correlation: 29 batches, and 6 chains.
+    turns = np.stack([MarginalScore(linear, theta, seed=seed, **settings).turns(x) for seed in range(6)])
+    batches = turns[:, 10:].reshape(6, 29, 10, 2).mean(2)
+    told = np.sqrt(batches.var(1, ddof=1).mean(0) / 29)
+    assert np.all(np.abs(np.log(means.std(0, ddof=1) / told)) < 5 / np.sqrt(2 * 5))
+    np.testing.assert_allclose(turns[:, 3:].mean(1), means, rtol=1e-8)
 
 
 def test_the_mean_over_a_chain_is_what_the_score_at_its_start_misses(x64):
@@ -283,6 +289,10 @@ def test_steps_that_go_astray_are_made_shorter(x64):
     start = LatentScores(sim, theta, rates=(), latents="white").many(x)[:, 0]
     shortened, short = (MarginalScore(sim, theta, n_steps=n, **settings).many(x)[:, 0] for n in (25, 400))
     assert np.all(np.abs(short) < 0.01 * np.abs(start)) and np.all(np.abs(shortened) < 0.01 * np.abs(start))
+    turns = np.asarray(MarginalScore(sim, theta, n_steps=25, **settings).turns(x[0]))
+    undone = np.isnan(turns).all(1)
+    assert 0 < undone.sum() <= 4 and np.isfinite(turns[~undone]).all()
+    np.testing.assert_allclose(turns[8:][~undone[8:]].mean(0)[0], shortened[0], rtol=1e-8)
 
 
 def test_wrong_points_and_rates_are_told(small_survey):

@@ -152,12 +152,22 @@ class MarginalScore(_ScoresAtOnePoint):
 
     def __call__(self, x: Array) -> Float[Array, " p"]:
         """The mean score of one data set."""
+        scores = self.turns(x)
+        counts = jnp.isfinite(scores[:, 0]) & (jnp.arange(self.n_turns) >= self.n_burn)
+        return jnp.sum(jnp.where(counts[:, None], scores, 0), 0) / jnp.sum(counts)
+
+    def turns(self, x: Array) -> Float[Array, " n_turns p"]:
+        r"""The mean score over each turn of one data set's chain, NaN where it was undone.
+
+        Their running mean after the first `n_burn` is the number for fewer turns; their spread, as that of any chain,
+        tells its error.
+        """
         start, evaluate = self._start(x)
         key, zero = jax.random.key(self.seed), jax.tree.map(jnp.zeros_like, self.state)
         limit = 10 + 0.1 * math.sqrt(start.size)
 
-        def turn(k, carry):
-            at, total, count, n_steps = carry
+        def turn(carry, k):
+            at, n_steps = carry
             angle = QUARTER_TURN / n_steps.astype(start.dtype)
 
             def step(_, carry):
@@ -169,14 +179,12 @@ class MarginalScore(_ScoresAtOnePoint):
             momentum = jax.random.normal(jax.random.fold_in(key, k), start.shape, start.dtype)
             new, p, path = jax.lax.fori_loop(0, n_steps, step, (at, momentum, zero))
             good = energy_lost(at, new, momentum, p) > -limit  # not where it is NaN
+            score = jnp.where(good, self._score(path) / n_steps, jnp.nan)
             at = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, at)
-            counts = good & (k >= self.n_burn)
-            total = jax.tree.map(lambda a, b: jnp.where(counts, a + b / n_steps, a), total, path)
-            return at, total, count + counts, jnp.where(good, n_steps, jnp.minimum(2 * n_steps, 16 * self.n_steps))
+            return (at, jnp.where(good, n_steps, jnp.minimum(2 * n_steps, 16 * self.n_steps))), score
 
-        carry = (evaluate(start), zero, jnp.zeros((), start.dtype), jnp.asarray(self.n_steps))
-        _, total, count, _ = jax.lax.fori_loop(0, self.n_turns, turn, carry)
-        return self._score(total) / count
+        carry = (evaluate(start), jnp.asarray(self.n_steps))
+        return jax.lax.scan(turn, carry, jnp.arange(self.n_turns))[1]
 
 
 @eqx.filter_jit
