@@ -198,15 +198,13 @@ class Analysis:
 
     def _infer(self, method: str, x, compress, store, folder: Path) -> Mapping:
         settings = self.config.flow
-        rows = store.load(TRAINING)
-        bad = _bad_rows(rows)
-        rows = {name: np.delete(value, bad, axis=0) for name, value in rows.items()}
+        rows = _training_rows(store, compress)
+        left_out = store.n - len(rows["theta"])
         with_score = method == "npe_score"
         key_fit, key_sample = jax.random.split(self.run.key(method))
-        t = compress(rows["statistics"])
         observed = compress(self.statistics(jnp.asarray(x)))
         npe = inference.NPE(self.sim.prior, settings.density, score_weight=settings.score_weight)
-        npe.append(rows["theta"], t, rows["score"] if with_score else None)
+        npe.append(rows["theta"], rows["t"], rows["score"] if with_score else None)
         posterior = npe.fit(
             key_fit,
             members=settings.members,
@@ -224,21 +222,23 @@ class Analysis:
         write_json(folder / "history.json", histories)
         return {
             "rows": len(rows["theta"]),  # reused, not simulated for this stage
-            "dropped": len(bad),
+            "dropped": left_out,
             "scores_left_out": posterior.config["scores_left_out"],
             "steps": sum(history.steps for history in posterior.histories),
             "stop_reasons": [history.stop_reason for history in posterior.histories],
-            "warnings": dropped(len(bad)) + outside_training(self.sim.names, np.asarray(observed), np.asarray(t)),
+            "warnings": dropped(left_out) + outside_training(self.sim.names, np.asarray(observed), rows["t"]),
         }
 
     def _check_finite(self, store: SimulationStore) -> None:
-        theta, bad = store.load(["theta"])["theta"], _bad_rows(store.load(TRAINING))
+        blocks = zip(store.blocks, store.iterate(TRAINING), strict=True)
+        bad = np.concatenate([block.start + _bad_rows(rows) for block, rows in blocks])
         allowed = self.config.simulations.max_nonfinite
         if len(bad) > allowed:
-            where = dict(zip(store.names, map(float, theta[bad[0]]), strict=True))
+            first = int(bad[0])
+            where = dict(zip(store.names, map(float, store["theta"][first : first + 1][0]), strict=True))
             raise ValueError(
                 f"Expected at most {allowed} non-finite simulations (simulations.max_nonfinite); got {len(bad)} of "
-                f"{store.n}, the first at row {bad[0]}, {where}. Dropping them biases the posterior."
+                f"{store.n}, the first at row {first}, {where}. Dropping them biases the posterior."
             )
 
     def _power_spectrum(self, x, folder: Path) -> Mapping:
@@ -341,6 +341,17 @@ def _bad_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
     """Indices of the rows with a value that is not finite."""
     finite = [np.isfinite(value.reshape(len(value), -1)).all(1) for value in rows.values()]
     return np.flatnonzero(~np.all(finite, axis=0))
+
+
+def _training_rows(store: SimulationStore, compress) -> dict[str, np.ndarray]:
+    """theta, score and compressed statistics t of the finite simulations; of the statistics, one block is in memory."""
+    parts = []
+    for block in store.iterate(TRAINING):
+        bad = _bad_rows(block)
+        rows = {name: np.delete(value, bad, axis=0) for name, value in block.items()}
+        t = np.asarray(compress(rows["statistics"]))
+        parts.append({"theta": rows["theta"], "score": rows["score"], "t": t})
+    return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
 
 
 def _curve(history) -> dict:

@@ -1,17 +1,49 @@
 """One file per question, each with a `Config`, presets and `main(cfg, out)`; run as `-m experiments.NAME`."""
 
 import argparse
-from collections.abc import Callable, Mapping
+import ast
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["command_line"]
+__all__ = ["changed", "command_line"]
 
 
 def command_line(main: Callable[[Any, Path], None], presets: Mapping[str, Any], name: str) -> None:
-    """Parse `--preset` and `--out`, and call `main`."""
+    """Parse `--preset`, `--set` and `--out`, and call `main`."""
     parser = argparse.ArgumentParser(prog=f"experiments.{name}")
     parser.add_argument("--preset", choices=sorted(presets), default="smoke")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the preset"
+    )
     parser.add_argument("--out", type=Path, default=None, help=f"run folder; runs/<preset>/{name} where left out")
     arguments = parser.parse_args()
-    main(presets[arguments.preset], arguments.out or Path("runs", arguments.preset, name))
+    try:
+        cfg = changed(presets[arguments.preset], arguments.set)
+    except ValueError as error:
+        parser.error(str(error))
+    main(cfg, arguments.out or Path("runs", arguments.preset, name))
+
+
+def changed(cfg: Any, settings: Sequence[str]) -> Any:
+    """The config with settings "name=value" changed; values are Python literals, or text without quotes.
+
+    Raises:
+        ValueError: A setting that the config does not have, or a value of another type than the one it replaces.
+    """
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in {field.name for field in dataclasses.fields(cfg)}:
+            raise ValueError(f"Expected NAME=VALUE with one of {list(vars(cfg))}; got {setting!r}.")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        kind = type(getattr(cfg, name))
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind:
+            raise ValueError(f"Expected {name} of type {kind.__name__}, as {getattr(cfg, name)!r}; got {text!r}.")
+        values[name] = value
+    return dataclasses.replace(cfg, **values)

@@ -69,6 +69,7 @@ class Config:
     n_warmup: int = 200
     n_draws: int = 10_000
     n_chains: int = 4
+    n_spectrum: int = 500
     seed: int = 0
 
 
@@ -76,7 +77,7 @@ PRESETS = {
     "smoke": Config(
         16, compressors=("imnn", "hybrid", "marginal_score"), n=(240,), n_inference=60, n_test=40, seeds=1,
         channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
-        ess=20, n_warmup=60, n_draws=60, n_chains=2,
+        ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
     ),
     "paper": Config(),
 }  # fmt: skip

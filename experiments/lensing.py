@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from scipy.special import digamma, polygamma
 
 from diffsbi import summaries
 from diffsbi._files import load_npz, write_npz
@@ -32,10 +34,11 @@ def full_field_draws(cfg, sim, x, run) -> np.ndarray:
 
 
 def spectrum_proposal(cfg, sim, x, run) -> GaussianProposal:
-    """The power-spectrum posterior of the map, widened by `cfg.widen`: stage "spectrum"."""
+    """The power-spectrum posterior of the map, `cfg.n_spectrum` draws a chain, widened by `cfg.widen`: "spectrum"."""
 
     def work(folder: Path) -> dict:
-        power_spectrum_posterior(sim, x, run.key("spectrum"), progress=True).save(folder)
+        lengths = dict(n_samples=cfg.n_spectrum, n_warmup=min(300, cfg.n_spectrum))
+        power_spectrum_posterior(sim, x, run.key("spectrum"), progress=True, **lengths).save(folder)
         return {}
 
     run.once("spectrum", work)
@@ -85,6 +88,37 @@ def merits(theta, chain, names) -> dict[str, float]:
     """Figures of merit of draws, over those of the chain."""
     own, full = (figure_of_merit(samples, names, PAIRS) for samples in (theta, chain))
     return {name: own[pair] / full[pair] for name, pair in zip(MERITS, PAIRS, strict=True)}
+
+
+def lost(theta, t, chain, proposal: GaussianProposal) -> dict[str, float]:
+    r"""What numbers t lose, were all posteriors normal: the residuals of a linear regression against the full field's.
+
+    All is in the prior's unconstrained space, where the proposal that `theta` comes from is normal; the chain's draws
+    are weighted to its posterior under that proposal. The chain is of one map: others differ.
+
+    Returns:
+        "widths", the mean over the parameters of log(residual's / full field's standard deviation); "volume", half the
+        log of the ratio of the generalised variances; and the standard errors of both, of a Wishart matrix.
+    """
+    prior, dim = proposal.prior, proposal.prior.dim
+    u, full = (np.asarray(prior.to_unconstrained(jnp.asarray(a)), float) for a in (theta, chain))
+    log_weight = np.asarray(proposal.log_prob(jnp.asarray(chain)) - prior.log_prob(jnp.asarray(chain)), float)
+    covariance = np.cov(full.T, aweights=np.exp(log_weight - log_weight.max()))
+    design = np.c_[np.ones(len(t)), (t - t.mean(0)) / t.std(0)]
+    residual = u - design @ np.linalg.lstsq(design, u)[0]
+    freedom = len(u) - design.shape[1]
+    if freedom < dim:
+        least = design.shape[1] + dim
+        raise ValueError(f"Expected at least {least} simulations for {t.shape[1]} numbers; got {len(u)}.")
+    half = (freedom - np.arange(dim)) / 2
+    bias = digamma(half) - np.log(freedom / 2)  # of the log of a Wishart matrix's generalised variance
+    own = residual.T @ residual / freedom
+    widths = np.log(np.diag(own) / np.diag(covariance)) - bias[0]
+    volume = np.linalg.slogdet(own)[1] - np.linalg.slogdet(covariance)[1] - bias.sum()
+    return dict(
+        widths=float(widths.mean() / 2), widths_error=float(np.sqrt(polygamma(1, half[0])) / 2),
+        volume=float(volume / 2), volume_error=float(np.sqrt(polygamma(1, half).sum()) / 2),
+    )  # fmt: skip
 
 
 def about(sim) -> dict:

@@ -37,6 +37,7 @@ from experiments.lensing import (
     compress,
     distances,
     full_field_draws,
+    lost,
     merits,
     spectrum_proposal,
     summarised,
@@ -75,6 +76,7 @@ class Config:
     n_warmup: int = 200
     n_draws: int = 10_000
     n_chains: int = 4
+    n_spectrum: int = 500
     seed: int = 0
 
 
@@ -82,6 +84,7 @@ PRESETS = {
     "smoke": Config(
         16, "marginal_score", n=(20,), n_scored=20, seeds=1, scores=(("whitened", 2),), n_reference=100,
         coverage_n=(20,), n_coverage=20, n_samples=200, members=1, ess=20, n_warmup=60, n_draws=60, n_chains=2,
+        n_spectrum=20,
     ),
     "paper": Config(),
     "prior": Config(proposal="prior", seeds=3),
@@ -268,7 +271,8 @@ def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, fol
     theta, other = (_draws(_posterior(cfg, sim, e, proposal, arrays, key), key, n, observed) for e in (ds.NLE, ds.NPE))
     write_npz(folder / "samples.npz", {"theta": theta})
     account = distances(theta, {"c2st": chain, "c2st_npe": other}, sim.names, 0)
-    return account | {"simulations": cfg.n_reference}
+    by_regression = {} if proposal is None else {"lost": lost(many["theta"], many["t"], chain, proposal)}
+    return account | by_regression | {"simulations": cfg.n_reference}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """Every experiment's small preset runs, resumes, and its figures are drawn."""
 
+import dataclasses
 import importlib
 
+import jax
 import numpy as np
 import pytest
 
+import diffsbi as ds
+from experiments import changed
 from experiments.curves import simulations_saved
+from experiments.lensing import lost
 
 QUICK = ("scores_lotka_volterra",)
 LONG = (
@@ -13,6 +18,7 @@ LONG = (
     "fishnets",
     "imnn",
     "maps",
+    "marginal_score",
     "misspecified",
     "sbibm_tasks",
     "score_noise",
@@ -37,7 +43,7 @@ def test_the_small_preset_runs_and_resumes(name, tmp_path, capsys):
     assert len(second) <= len(first)
     tables = [text[text.index("C2ST") :] for text in (first, second) if "C2ST" in text]
     assert len(set(tables)) <= 1, "a run that is resumed must print the same table"
-    if name.startswith(("scores_", "sbibm", "imnn", "fishnets", "compressors")):
+    if name.startswith(("scores_", "sbibm", "imnn", "fishnets", "compressors", "marginal")):
         figures = importlib.import_module(f"paper_figures.{name}").draw(tmp_path)
         assert figures and all(figure.axes for figure in (figures.values() if isinstance(figures, dict) else [figures]))
 
@@ -57,3 +63,46 @@ def test_simulations_saved_is_the_factor_between_two_curves():
     assert all(factor < 0.5 for factor, _, _ in worse[1:])
     with pytest.raises(ValueError, match="columns of 3 sizes"):
         simulations_saved(n, without[:, :2], better)
+
+
+def test_what_numbers_lose_is_the_ratio_of_exact_widths():
+    """Numbers with a known noise, a full field without: widths and volumes by formula; and nothing lost, zero."""
+    rng, dim, n = np.random.default_rng(0), 2, 4000
+    prior = ds.linear_gaussian(dim=dim, n_latents=3, n_data=4, seed=2).prior  # a standard normal: u = theta
+    root = np.array([[0.5, 0.0], [0.2, 0.3]])
+    proposal = ds.gaussian_proposal(prior, rng.standard_normal((1000, dim)) @ root.T, 1.0)
+    theta = np.asarray(proposal.sample(jax.random.key(1), (n,)))
+    width = np.array([0.1, 0.2])
+    t = theta + 2 * width * rng.standard_normal((n, dim))
+    under_prior, under_proposal = np.eye(dim), np.linalg.inv(np.asarray(proposal.root @ proposal.root.T))
+    exact = [np.linalg.inv(np.diag(1 / (a * width) ** 2) + under_proposal) for a in (2, 1)]
+    chain = rng.multivariate_normal(np.zeros(dim), np.linalg.inv(np.diag(1 / width**2) + under_prior), 40_000)
+    found = lost(theta, t, chain, proposal)
+    widths = np.mean(np.log(np.diag(exact[0]) / np.diag(exact[1]))) / 2
+    volume = (np.linalg.slogdet(exact[0])[1] - np.linalg.slogdet(exact[1])[1]) / 2
+    assert abs(found["widths"] - widths) < 5 * np.hypot(found["widths_error"], 0.004) and widths > 0.3
+    assert abs(found["volume"] - volume) < 5 * np.hypot(found["volume_error"], 0.007)
+    few = [lost(theta[i : i + 20], t[i : i + 20], chain[:1000], proposal)["volume"] for i in range(0, n, 40)]
+    many = lost(theta, t, chain[:1000], proposal)
+    error = np.hypot(np.std(few) / np.sqrt(len(few)), many["volume_error"])
+    assert abs(np.mean(few) - many["volume"]) < 5 * error  # no bias where rows are few
+    assert np.std(few) == pytest.approx(lost(theta[:20], t[:20], chain, proposal)["volume_error"], rel=0.3)
+    with pytest.raises(ValueError, match="Expected at least 5 simulations for 2 numbers; got 4"):
+        lost(theta[:4], t[:4], chain, proposal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    name: str = "prior"
+    n: tuple[int, ...] = (1, 2)
+    size: int = 3
+    width: float = 1.5
+
+
+def test_settings_are_changed_by_name():
+    assert changed(Settings(), ["n=(5,)", "width=2", "name=spectrum"]) == Settings("spectrum", (5,), 3, 2.0)
+    assert changed(Settings(), []) == Settings()
+    for wrong, told in (("sise=3", "'size', 'width'.*got 'sise=3'"), ("n", "NAME=VALUE"), ("n=5", "n of type tuple"),
+                        ("size=1.5", "size of type int"), ("width=a", "width of type float")):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            changed(Settings(), [wrong])

@@ -11,7 +11,7 @@ import pytest
 from targets import gaussian
 
 import diffsbi as ds
-from diffsbi.inference import fit_variational, rows, streams
+from diffsbi.inference import fit_chains, fit_variational, network_spread, rows, streams
 from diffsbi.inference.rows import Joined, Selected
 from diffsbi.store import create_store
 
@@ -142,7 +142,17 @@ def test_checks_see_every_block(linear, simulated, few, tmp_path):
     with pytest.warns(UserWarning, match="in the order"):
         ds.NPE(linear).append(*simulated[:2], simulated[2][:, ::-1])._unconstrained_rows()
     with pytest.raises(ValueError, match="rows that fit in memory, all in one step; 20000 are too many"):
-        fit_variational(ds.NPE(linear).append(*simulated), jax.random.key(0))
+        fit_chains(ds.NPE(linear).append(*simulated), jax.random.key(0))
+
+
+def test_weights_have_a_posterior_from_streamed_rows(linear, simulated, few, tmp_path):
+    """As near to the exact one as an ordinary fit, and as sure of itself as so many rows allow."""
+    arrays = on_disk(tmp_path, theta=simulated[0], x=simulated[1], score=simulated[2])
+    fitted = fit_variational(ds.NPE(linear, gaussian).append(*arrays[:2]), jax.random.key(1), max_epochs=60, members=4)
+    shift, width = errors(linear, fitted)
+    assert shift < 0.1 and 0.95 < width < 1.05
+    spread = network_spread(fitted, jax.random.key(4), 2000, linear.draw(jax.random.key(2), 5, with_score=False).x)
+    assert np.all(spread.fraction < 0.02) and fitted.config["simulations"] == 20_000
 
 
 def test_a_store_is_appended_as_it_is(linear, simulated, few, tmp_path):

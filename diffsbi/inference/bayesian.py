@@ -31,7 +31,7 @@ from diffsbi.inference.fmpe import FMPE
 from diffsbi.inference.losses import AbstractScoreLoss, ScoredDensity, Start
 from diffsbi.inference.nre import RatioMember
 from diffsbi.inference.posterior import FittedPosterior, Member
-from diffsbi.inference.streams import InMemory
+from diffsbi.inference.streams import InMemory, Stream
 from diffsbi.inference.training import History, fit, schedule
 from diffsbi.sampling import Chains, nuts
 from diffsbi.sampling.chains import rhat
@@ -131,7 +131,8 @@ def fit_variational(
     r"""Fit with a mean-field normal posterior over the weights (`NegativeElbo`); any size of network.
 
     It starts at an ordinary fit and uses all rows: the divergence from the prior, not rows kept aside, keeps it from
-    overfitting. It knows no correlations between weights: where many of them act together their spreads add up, and
+    overfitting. (Where rows are so many that they are streamed, those held out of the ordinary fit are left out here.)
+    It knows no correlations between weights: where many of them act together their spreads add up, and
     what they predict is up to about twice as uncertain as with `fit_chains`; less so for a smaller `prior_scale`.
     The bound compares settings, roughly: a larger `config["network"]["elbo"]` is a better `prior_scale`.
 
@@ -157,12 +158,17 @@ def fit_variational(
         raise ValueError(f"Expected draws >= 1; got {draws}.")
     rows = _checked(estimator, key, members, prior_scale)
     key_fit, key_elbo, key_draw = jax.random.split(key, 3)
-    options = schedule(len(estimator), max_epochs, batch_size, patience) | {"progress": progress}
+    options = schedule(rows.per_epoch, max_epochs, batch_size, patience, len(estimator)) | {"progress": progress}
     start, weights, fitted, _ = _ordinary(estimator, key_fit, rows, prior_scale, options)
-    data = _all_rows(start)
+    if isinstance(rows, InMemory):
+        data = judged = _all_rows(start)
+        n = len(estimator)
+    else:
+        data, judged = start.train, start.validation
+        n = len(estimator) - len(judged["v"])
     model = {"mean": fitted, "log_sd": jnp.full_like(fitted, _FIRST_LOG_SD)}
-    bound = NegativeElbo(start.loss, weights, len(estimator), draws)
-    model, history = fit(key_elbo, model, data, data, bound, **options | {"learning_rate": learning_rate})
+    bound = NegativeElbo(start.loss, weights, n, draws)
+    model, history = fit(key_elbo, model, data, judged, bound, **options | {"learning_rate": learning_rate})
     normal = jax.random.normal(key_draw, (members, fitted.size), fitted.dtype)
     chosen = model["mean"][None] + jnp.exp(model["log_sd"])[None] * normal
     account = {"method": "variational", "weights": fitted.size, "elbo": -history.best_validation}
@@ -210,6 +216,9 @@ def fit_chains(
         ValueError: More than 20 000 weights, settings that make no sense, or fewer than 10 rows.
     """
     rows = _checked(estimator, key, members, prior_scale)
+    if not isinstance(rows, InMemory):
+        got = f"{len(estimator)} are too many. Use fit_variational, or .fit"
+        raise ValueError(f"Expected rows that fit in memory, all in one step; {got}.")
     if n_chains < 2 or n_samples * n_chains < members:
         got = f"{n_chains} chains of {n_samples}"
         raise ValueError(f"Expected n_chains >= 2 and at least {members} draws, one for each member; got {got}.")
@@ -284,7 +293,7 @@ def _alone(posterior: FittedPosterior, k: int) -> FittedPosterior:
     return type(posterior)(**{name: getattr(posterior, name) for name in names}, **fields)
 
 
-def _checked(estimator: Estimator, key: Key, members: int, prior_scale: float) -> InMemory:
+def _checked(estimator: Estimator, key: Key, members: int, prior_scale: float) -> InMemory | Stream:
     check_key(key)
     if isinstance(estimator, FMPE):
         raise ValueError("Expected an estimator whose loss is a likelihood or a contrast; got FMPE. Use NPE or NLE.")
@@ -292,10 +301,7 @@ def _checked(estimator: Estimator, key: Key, members: int, prior_scale: float) -
         raise ValueError(f"Expected at least {SMALLEST_N} simulations to fit; got {len(estimator)}.")
     if members < 2 or not (np.isfinite(prior_scale) and prior_scale > 0):
         raise ValueError(f"Expected members >= 2 and prior_scale > 0; got {members} and {prior_scale}.")
-    rows = estimator._unconstrained_rows()
-    if not isinstance(rows, InMemory):
-        raise ValueError(f"Expected rows that fit in memory, all in one step; {len(estimator)} are too many. Use .fit.")
-    return rows
+    return estimator._unconstrained_rows()
 
 
 def _check_size(estimator: Estimator, key: Key, rows) -> None:
