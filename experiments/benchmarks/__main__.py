@@ -1,5 +1,7 @@
 """Speed of the simulator, its scores and its joint, beside the Fourier transforms that it needs at least.
 
+And time and memory of a gradient that trains a network on maps, beside those of its convolutions alone.
+
 Run by `make bench`. Times are medians of single calls, warm, float32, in one process; compilation is timed in
 processes of their own, with an empty and with a filled persistent cache.
 """
@@ -17,6 +19,8 @@ import jax
 import jax.numpy as jnp
 
 import diffsbi as ds
+from diffsbi.compression import MapNetwork, fit_compressor, torus_symmetry
+from diffsbi.compression.losses import LOSSES
 
 SIZES = {"64² × 5, 5°": (64, 5.0), "256² × 5, 10°": (256, 10.0)}
 
@@ -92,6 +96,40 @@ def _compile_in_process(size: str, cache: str) -> float:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def convolutions(network: MapNetwork, x):
+    """The network's convolutions, each of the halved result of the one before: what its training needs at least."""
+    f, (bins, n, _) = network.fold, x.shape
+    x = x.reshape(bins, n // f, f, n // f, f).transpose(0, 2, 4, 1, 3).reshape(-1, n // f, n // f)
+    for level, convolution in enumerate(network.convolutions):
+        if level:
+            x = jnp.mean(x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2), (2, 4))
+        x = convolution(x)
+    return jnp.sum(x)
+
+
+def measure_training(n_pix: int, batch: int = 16) -> dict[str, tuple[float, int]]:
+    """Median seconds of a gradient in the weights for a batch of maps, and the bytes that it needs besides the maps."""
+    sim, keys = ds.lsst_y10(), jax.random.split(jax.random.key(0), 4)
+    x = 0.03 * jax.random.normal(keys[0], (2 * batch, sim.n_bins, n_pix, n_pix))
+    theta, network = sim.prior.sample(keys[1], (len(x),)), MapNetwork(keys[2], sim.n_bins, (16, 32, 32), fold=2)
+    compressor = fit_compressor(keys[3], network, theta, x, prior=sim, loss="mse", max_epochs=1, batch_size=batch)
+    rows = {"x": x[:batch], "v": jnp.zeros((batch, sim.prior.dim))}
+
+    def step(params, static, rows):
+        turned = jax.vmap(torus_symmetry)(jax.random.split(keys[0], batch), rows["x"])
+        return LOSSES["mse"](eqx.combine(params, static), None, rows | {"x": turned})
+
+    def alone(params, static, rows):
+        return jnp.mean(jax.vmap(lambda row: convolutions(eqx.combine(params, static).network, row))(rows["x"]))
+
+    params, static = eqx.partition(compressor, eqx.is_inexact_array)
+    found = {}
+    for name, function in (("its convolutions", alone), ("a step of training", step)):
+        compiled = jax.jit(jax.grad(lambda p, rows, f=function: f(p, static, rows))).lower(params, rows).compile()
+        found[name] = (median_time(compiled, params, rows), compiled.memory_analysis().temp_size_in_bytes)
+    return found
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--compile"]:
         print(json.dumps(compile_gradient(*SIZES[sys.argv[2]])))
@@ -109,6 +147,9 @@ def main() -> None:
         peer = PEER.get((size, "joint and gradient, white"))
         beside = "" if peer is None else f"; the peer's: {peer[1]} s"
         print(f"  first gradient: {cold:.1f} s cold, {cached:.1f} s from the persistent cache{beside}\n", flush=True)
+    print(f"{'MapNetwork, 16 maps of 256² × 5':34}{'ms':>9}{'MiB':>9}")
+    for name, (seconds, size) in measure_training(256).items():
+        print(f"  {name:32}{1e3 * seconds:9.1f}{size / 2**20:9.0f}", flush=True)
 
 
 if __name__ == "__main__":
