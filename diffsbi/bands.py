@@ -35,7 +35,7 @@ def band_edges(n_pix: int, side_deg: float, n_bands: int = 12) -> np.ndarray:
     Raises:
         ValueError: If the grid has fewer distinct wavelengths than bands.
     """
-    _check_grid(n_pix, side_deg)
+    check_grid(n_pix, side_deg)
     if n_bands < 1:
         raise ValueError(f"Expected n_bands >= 1; got {n_bands}.")
     k = _radius(n_pix)
@@ -79,7 +79,7 @@ class Bands(eqx.Module):
 
     def __init__(self, n_pix: int, side_deg: float, n_bands: int = 12, edges=None):
         edges = band_edges(n_pix, side_deg, n_bands) if edges is None else np.asarray(edges, float)
-        _check_grid(n_pix, side_deg)
+        check_grid(n_pix, side_deg)
         if edges.ndim != 1 or len(edges) < 2 or not np.all(np.diff(edges) > 0):
             raise ValueError(f"Expected at least two increasing band edges; got {edges}.")
         half = _radius(n_pix)[:, : n_pix // 2 + 1]
@@ -153,7 +153,8 @@ class Bands(eqx.Module):
         return nodes, weights
 
 
-def _check_grid(n_pix: int, side_deg: float) -> None:
+def check_grid(n_pix: int, side_deg: float) -> None:
+    """Raise `ValueError` unless square maps have an even number of pixels on a side, at least 4, and a side > 0."""
     if n_pix < 4 or n_pix % 2:
         raise ValueError(f"Expected an even n_pix >= 4; got {n_pix}.")
     if not side_deg > 0:

@@ -1,11 +1,11 @@
-"""Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and four others.
+"""Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and five others.
 
 One simulated LSST-Y10 map, parameters from its power-spectrum posterior. Every loss trains the same convolutional
 network on the same `n` simulations, "vmim" and "score" with their scores; "imnn" spends as many at the proposal's
 centre, a derivative counted as p of them. "hybrid" is that network beside binned spectra, moments and peaks,
-"statistics" those alone, both by the VMIM loss; "latent_scores" (two gradients a map) and "marginal_score" (a chain)
-need neither network nor simulation. Then NPE learns the posterior of the compressed numbers from `n_inference` other
-simulations, the same ones for each, without scores.
+"statistics" those alone, "wavelets" the wavelet statistics alone, all three by the VMIM loss; "latent_scores" (two
+gradients a map) and "marginal_score" (a chain) need neither network nor simulation. Then NPE learns the posterior of
+the compressed numbers from `n_inference` other simulations, the same ones for each, without scores.
 
 Compared are the mean log-density of the parameters of `n_test` further simulations given their numbers (information,
 in nats), and for the one map C2ST and figures of merit against the converged full-field chain.
@@ -41,7 +41,8 @@ from experiments.lensing import MERITS, about, distances, full_field_draws, meri
 
 LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
 FREE = ("latent_scores", "marginal_score")
-OTHERS = ("hybrid", "statistics", *FREE)
+NUMBERS = {"hybrid": 1, "statistics": 1, "wavelets": 2}  # where in a row (map, statistics, wavelets)
+OTHERS = (*NUMBERS, *FREE)
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
 
 
@@ -75,7 +76,7 @@ class Config:
 
 PRESETS = {
     "smoke": Config(
-        16, compressors=("imnn", "hybrid", "marginal_score"), n=(240,), n_inference=60, n_test=40, seeds=1,
+        16, compressors=("imnn", "hybrid", "wavelets", "marginal_score"), n=(240,), n_inference=60, n_test=40, seeds=1,
         channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
         ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
     ),
@@ -84,10 +85,12 @@ PRESETS = {
 
 
 class Numbers(eqx.Module):
-    """(map, numbers) → the numbers: the hybrid without its network."""
+    """(map, numbers, other numbers) → one kind of numbers: the hybrid without its network."""
+
+    place: int = eqx.field(static=True)
 
     def __call__(self, x):
-        return x[1]
+        return x[self.place]
 
 
 class Readout(eqx.Module):
@@ -142,14 +145,15 @@ def _data(cfg: Config, sim, proposal, run, seed: int, x) -> dict:
     most, key = max(cfg.n), jax.random.fold_in(run.key("simulations"), seed)
     sizes = {"train": most, "inference": cfg.n_inference, "test": cfg.n_test}
     statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
-    data: dict = {"observed": dict(x=(x[None], statistics(x)[None]))}
+    wavelets = summaries.wavelet_statistics(sim.n_pix, sim.side_deg, sim.n_bins)
+    data: dict = {"observed": dict(x=(x[None], statistics(x)[None], wavelets(x)[None]))}
     for i, (name, count) in enumerate(sizes.items()):
         key_theta, key_draw = jax.random.split(jax.random.fold_in(key, i))
         theta = proposal.sample(key_theta, (count,))
         draws = sim.draw(key_draw, count, theta, with_score=False)
-        numbers = np.asarray(jax.lax.map(statistics, draws.x, batch_size=50))
-        data[name] = dict(theta=np.asarray(theta), x=(np.asarray(draws.x), numbers))
-        if name == "train" and {"vmim", "score", "hybrid", "statistics"} & set(cfg.compressors):
+        numbers = (np.asarray(jax.lax.map(f, draws.x, batch_size=50)) for f in (statistics, wavelets))
+        data[name] = dict(theta=np.asarray(theta), x=(np.asarray(draws.x), *numbers))
+        if name == "train" and {"vmim", "score", *NUMBERS} & set(cfg.compressors):
             data[name]["score"] = _scores(cfg, sim, run, seed, key_draw, theta)
     return data
 
@@ -188,7 +192,7 @@ def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: 
 
 
 def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: int):
-    """(function of rows of (map, numbers), simulations it took, epochs)."""
+    """(function of rows of (map, statistics, wavelets), simulations it took, epochs)."""
     centre = sim.prior.from_unconstrained(proposal.loc)
     if name == "latent_scores":
         scores = LatentScores(sim, centre, rates=(0.1,))
@@ -201,9 +205,10 @@ def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed:
     if name == "imnn":
         fitted, simulations = _imnn(cfg, sim, centre, network, run, n, seed, key)
         return lambda x: fitted(x[0]), simulations, len(fitted.history.train)
-    both = name in ("hybrid", "statistics")
+    both = name in NUMBERS
     rows = jax.tree.map(lambda a: a[:n], train if both else train | {"x": train["x"][0]})
-    network = {"hybrid": HybridNetwork(network), "statistics": Numbers()}.get(name, network)
+    if both:
+        network = HybridNetwork(network) if name == "hybrid" else Numbers(NUMBERS[name])
     fitted = fit_compressor(
         key, network, rows["theta"], rows["x"], rows["score"] if name in ("vmim", "score") or both else None,
         prior=sim.prior, proposal=proposal, loss="vmim" if both else name, augment=_turned if both else torus_symmetry,
@@ -214,7 +219,7 @@ def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed:
 
 def _turned(key, x):
     """The numbers are the same for a map that is shifted, reflected or turned."""
-    return torus_symmetry(key, x[0]), x[1]
+    return torus_symmetry(key, x[0]), *x[1:]
 
 
 def _imnn(cfg: Config, sim, centre, network, run, n: int, seed: int, key):

@@ -14,6 +14,7 @@ TITLES = {
     "score": "score\nregr.",
     "imnn": "IMNN",
     "statistics": "statis-\ntics",
+    "wavelets": "wave-\nlets",
     "hybrid": "VMIM +\nstatistics",
     "latent_scores": "latent\nscores",
     "marginal_score": "marginal\nscore",

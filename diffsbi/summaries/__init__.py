@@ -1,14 +1,16 @@
-"""Data to summaries: spectra, one-point and peak statistics of maps, and their compression."""
+"""Data to summaries: spectra, one-point, peak and wavelet statistics of maps, and their compression."""
 
 from diffsbi.summaries.compression import ScoreCompression, hartlap, moped, score_compression, shrunk_covariance
 from diffsbi.summaries.maps import MapStatistics, map_statistics
 from diffsbi.summaries.points import dominance, minima, moments, peaks
 from diffsbi.summaries.spectra import Bands, band_edges, bandpowers, pairs
+from diffsbi.summaries.wavelets import WaveletStatistics, wavelet_statistics
 
 __all__ = [
     "Bands",
     "MapStatistics",
     "ScoreCompression",
+    "WaveletStatistics",
     "band_edges",
     "bandpowers",
     "dominance",
@@ -21,4 +23,5 @@ __all__ = [
     "peaks",
     "score_compression",
     "shrunk_covariance",
+    "wavelet_statistics",
 ]
