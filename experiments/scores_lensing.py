@@ -96,8 +96,8 @@ PRESETS = {
     ),
     # The full configuration, likewise; the sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        256, "marginal_score", n=(25, 50, 100, 200, 400), n_scored=100, seeds=3, estimators=("NPE",),
-        n_reference=1500, coverage_n=(100,), ess=1000.0, members=2,
+        256, "marginal_score", turns=30, n=(25, 50, 100, 200), n_scored=100, estimators=("NPE",),
+        n_reference=505, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
     ),
 }  # fmt: skip
 
@@ -154,12 +154,17 @@ def main(cfg: Config, out: Path) -> None:
 
 
 def _check_sizes(cfg: Config) -> None:
-    """Fits past the scored simulations take rows from the front of the reference ones, test observations the last."""
+    """Fits past the scored simulations take rows from the front of the reference ones, test observations the last.
+
+    None of the fits that are tested (`coverage_n`) may train on these.
+    """
     trained = cfg.seeds * max(0, max(cfg.n) - cfg.n_scored)
-    if cfg.n_coverage < cfg.seeds or cfg.n_reference < trained + cfg.n_coverage:
+    tested = trained if max(cfg.coverage_n, default=0) > cfg.n_scored else 0
+    least = max(trained, tested + cfg.n_coverage)
+    if cfg.n_coverage < cfg.seeds or cfg.n_reference < least:
         raise ValueError(
-            f"Expected n_coverage >= seeds and n_reference >= {trained} simulations that {cfg.seeds} seeds train on + "
-            f"n_coverage; got n_reference={cfg.n_reference}, n_coverage={cfg.n_coverage}."
+            f"Expected n_coverage >= seeds ({cfg.seeds}) and n_reference >= {least}, of which the seeds train on "
+            f"{trained}; got n_reference={cfg.n_reference}, n_coverage={cfg.n_coverage}."
         )
 
 

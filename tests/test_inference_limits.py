@@ -106,7 +106,11 @@ def test_too_little_memory_to_sample_names_n(linear, monkeypatch):
 def test_lensing_experiment_wants_enough_reference_simulations():
     for preset in PRESETS.values():
         _check_sizes(preset)
-    with pytest.raises(ValueError, match="n_reference >= 900 simulations .* got n_reference=1000, n_coverage=500"):
-        _check_sizes(Config(n=(100, 400), n_scored=100, seeds=3, n_reference=1000))
+    sizes = dict(n=(100, 400), n_scored=100, seeds=3)
+    with pytest.raises(ValueError, match="n_reference >= 1400, .* 900; got n_reference=1000, n_coverage=500"):
+        _check_sizes(Config(**sizes, coverage_n=(100, 400), n_reference=1000))
+    _check_sizes(Config(**sizes, coverage_n=(100,), n_reference=900))  # those that are tested train on none of them
+    with pytest.raises(ValueError, match="n_reference >= 900, .*; got n_reference=800"):
+        _check_sizes(Config(**sizes, coverage_n=(), n_reference=800))
     with pytest.raises(ValueError, match="n_coverage >= seeds"):
         _check_sizes(Config(n_coverage=2))
