@@ -29,7 +29,7 @@ class Config:
     n_pix: int = 64
     widen: float = 1.25
     n: int = 600
-    turns: tuple[int, ...] = (4, 6, 12, 24, 48)
+    turns: tuple[int, ...] = (4, 6, 12, 24)
     burn: int = 3
     n_steps: int = 4
     ess: float = 2000.0
@@ -43,7 +43,7 @@ class Config:
 PRESETS = {
     "smoke": Config(16, n=60, turns=(4, 6), ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20),
     "paper": Config(),
-    "large": Config(256, n=300, turns=(4, 6, 12, 24), ess=1000.0),
+    "large": Config(256, n=300, ess=1000.0),
 }
 
 
