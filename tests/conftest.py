@@ -1,7 +1,10 @@
 """Fixtures shared by every room's tests."""
 
+import functools
 import gc
+import itertools
 import os
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +33,16 @@ if jax.config.jax_compilation_cache_dir is None and "DIFFSBI_CACHE" not in os.en
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import diffsbi as ds  # noqa: E402  (it would choose another cache)
+
+if version("jax").startswith("0.10."):
+    from jax._src.interpreters import mlir
+
+    # JAX makes a new MLIR context for every function that it compiles, which takes longer than to lower a small one:
+    # a third of the time of an operation that is compiled alone, and the suite has tens of thousands. A context keeps
+    # what it has seen, so it is not kept for ever either; and every thread has its own.
+    _new, _count = mlir.make_ir_context, itertools.count()
+    _context = functools.lru_cache(maxsize=2)(lambda thread, block: _new())
+    mlir.make_ir_context = lambda: _context(threading.get_ident(), next(_count) // 200)
 
 matplotlib.use("Agg")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_theta import draws_at
 from scipy.stats import multivariate_normal
 
 import diffsbi as ds
@@ -26,7 +27,7 @@ def gaussian():
     """A Gaussian field of 8 x 8 pixels in two bins, and maps of it at the fiducial point."""
     with jax.enable_x64(True):
         sim = ds.lsst_y10(n_pix=8, side_deg=4.0, n_bins=2, sigma_e=0.4, field="gaussian")
-        return sim, sim.draw(jax.random.key(0), 300, sim.fiducial, with_score=False).x
+        return sim, draws_at(sim, sim.fiducial, jax.random.key(0), 300)[1]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def lognormal():
     """Strongly log-normal fields of 16 x 16 pixels in two bins, and maps of them at the fiducial point."""
     with jax.enable_x64(True):
         sim = ds.lsst_y10(n_pix=16, side_deg=1.0, n_bins=2, sigma_e=0.05)
-        return sim, np.asarray(sim.draw(jax.random.key(1), 3000, sim.fiducial, with_score=False).x)
+        return sim, np.asarray(draws_at(sim, sim.fiducial, jax.random.key(1), 3000)[1])
 
 
 @eqx.filter_jit
@@ -104,20 +105,25 @@ def test_the_mean_score_vanishes_at_the_truth_and_nowhere_else(x64, gaussian):
 @pytest.mark.optimised
 def test_the_chains_agree_with_importance_sampling(x64, gaussian):
     sim, x = gaussian
-    chains = gaussian_field_posterior(sim, x[0], jax.random.key(2), n_chains=2, n_warmup=80, n_samples=200)
+    chains = gaussian_field_posterior(sim, x[0], jax.random.key(2), n_chains=2, n_warmup=60, n_samples=120)
     target = _Target(GaussianFieldLikelihood(sim, x[0]), sim.prior, *map(jnp.asarray, approximate_posterior(sim, x[0])))
-    n, dof = 6_000, 6.0
-    key_normal, key_chi2 = jax.random.split(jax.random.key(3))
-    scale = jnp.sqrt(jax.random.gamma(key_chi2, dof / 2, (n,)) * 2 / dof)
-    v = 1.2 * jax.random.normal(key_normal, (n, 6)) / scale[:, None]  # Student's t: wider tails than the posterior's
-    log_proposal = -0.5 * (dof + 6) * np.log1p(np.sum((np.asarray(v) / 1.2) ** 2, 1) / dof)
-    log_weight = np.asarray(jax.jit(lambda v: jax.lax.map(target, v, batch_size=500))(v)) - log_proposal
+    n, dof = 2_000, 6.0
+
+    @jax.jit
+    def proposed(key):
+        key_normal, key_chi2 = jax.random.split(key)
+        scale = jnp.sqrt(jax.random.gamma(key_chi2, dof / 2, (n,)) * 2 / dof)
+        # Student's t: wider tails than the posterior's.
+        v = 1.2 * jax.random.normal(key_normal, (n, 6)) / scale[:, None]
+        return v, jax.lax.map(target, v, batch_size=500), jax.vmap(target.theta)(v)
+
+    v, log_target, theta = map(np.asarray, proposed(jax.random.key(3)))
+    log_weight = log_target + 0.5 * (dof + 6) * np.log1p(np.sum((v / 1.2) ** 2, 1) / dof)
     assert np.isnan(log_weight).mean() < 0.01  # no spectra so far out (negative densities): the sampler stays away too
     weight = np.exp(np.nan_to_num(log_weight, nan=-np.inf) - np.nanmax(log_weight))
     weight /= weight.sum()
-    theta = np.asarray(jax.vmap(target.theta)(v))
     effective = 1 / np.sum(weight**2)
-    assert effective > 1000
+    assert effective > 300
     for column, row in zip(theta.T, chains.summary().values(), strict=True):
         mean = weight @ column
         sd = np.sqrt(weight @ (column - mean) ** 2)

@@ -29,7 +29,7 @@ name: toy
 survey: {n_pix: 8, side_deg: 5.0, n_bins: 2}
 simulations: {n: 60, block_size: 20}
 summaries: {n_bands: 2, n_covariance: 100, n_derivative: 10}
-flow: {density: masked_autoregressive, members: 2, max_epochs: 2, n_samples: 200}
+flow: {density: mixture, members: 2, max_epochs: 2, n_samples: 200}
 power_spectrum: {n_chains: 2, n_warmup: 30, n_draws: 40}
 full_field: {n_chains: 2, n_warmup: 20, n_draws: 40}
 compare: {pairs: [[a, b]]}

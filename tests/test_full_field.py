@@ -1,11 +1,11 @@
 """The full-field sampler against posteriors known in closed form, and the Gaussian-field likelihood that starts it."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from one_theta import draws_at, scores_at
 
 import diffsbi as ds
 from diffsbi.sampling.full_field import FullFieldTarget
@@ -14,16 +14,16 @@ from diffsbi.sampling.gaussian_field import approximate_posterior, scoring_step
 
 @pytest.fixture(scope="module")
 def drawn():
-    """A Gaussian field: its latents integrate out exactly. With one draw, and the scores of many."""
+    """A Gaussian field: its latents integrate out exactly. With 1000 draws."""
     with jax.enable_x64(True):
         sim = ds.lsst_y10(n_pix=8, side_deg=4.0, n_bins=2, sigma_e=0.02, field="gaussian")
-        return sim, sim.draw(jax.random.key(3), 1000, sim.fiducial, latents="whitened")
+        return sim, *draws_at(sim, sim.fiducial, jax.random.key(3), 1000)
 
 
 @pytest.fixture
 def gaussian(x64, drawn):
-    sim, draws = drawn
-    return sim, sim.fiducial, draws.x[0]
+    sim, _, x = drawn
+    return sim, sim.fiducial, x[0]
 
 
 @pytest.mark.parametrize("latents", ["white", "whitened"])
@@ -48,9 +48,12 @@ def test_marginal_score_and_likelihood_of_a_gaussian_field(gaussian, drawn):
         h = 1e-4 * abs(float(theta[i]))
         up, down = (float(scoring_step(sim, x, theta.at[i].add(s * h))[2]) for s in (1, -1))
         np.testing.assert_allclose(score[i], (up - down) / (2 * h), rtol=1e-5, atol=1e-5)
-    joint = eqx.filter_jit(lambda sim: sim.score(theta, jnp.zeros_like(x), x, latents="whitened"))
-    np.testing.assert_allclose(score, joint(sim), rtol=1e-8)
-    scatter = np.cov(np.asarray(drawn[1].score).T)
+    _, z, many = drawn
+    joint = np.asarray(
+        scores_at(sim, theta, jnp.concatenate([0 * z[:1], z]), jnp.concatenate([x[None], many]), "whitened")
+    )
+    np.testing.assert_allclose(score, joint[0], rtol=1e-8)
+    scatter = np.cov(joint[1:].T)
     np.testing.assert_allclose(scatter / np.sqrt(np.outer(*[np.diag(fisher)] * 2)), _correlation(fisher), atol=0.15)
 
 

@@ -150,18 +150,23 @@ def test_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
-@pytest.mark.parametrize(("density", "options"), [
-    ("mixture", {"components": 2, "width": 8, "depth": 1}),
-    ("continuous", {"steps": 3, "width": 8, "depth": 1}),
+MIXTURE = "mixture", {"components": 2, "width": 8, "depth": 1}
+CONTINUOUS = "continuous", {"steps": 3, "width": 8, "depth": 1}
+
+
+@pytest.mark.parametrize(("estimator", "density", "options"), [
+    (NPE, *MIXTURE),
+    (NLE, *CONTINUOUS),
+    pytest.param(NLE, *MIXTURE, marks=pytest.mark.slow),
+    pytest.param(NPE, *CONTINUOUS, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_densities_without_layers_train_on_scores_and_come_back(tmp_path, density, options):
+def test_densities_without_layers_train_on_scores_and_come_back(tmp_path, estimator, density, options):
     prior = Prior({"a": dist.Normal(0.0, 1.0), "b": dist.Uniform(-1.0, 2.0)})
     theta = prior.sample(jax.random.key(0), (40,))
     x = theta + 0.3 * jax.random.normal(jax.random.key(1), theta.shape)
-    for estimator in (NPE, NLE):
-        rows = estimator(prior, density, density_options=options).append(theta, x, (x - theta) / 0.3**2)
-        posterior = rows.fit(jax.random.key(2), members=1, max_epochs=3)
-        posterior.save(tmp_path / "a")
-        value = posterior.log_prob(theta, x)
-        assert np.all(np.isfinite(value))
-        np.testing.assert_array_equal(load_posterior(tmp_path / "a").log_prob(theta, x), value)
+    rows = estimator(prior, density, density_options=options).append(theta, x, (x - theta) / 0.3**2)
+    posterior = rows.fit(jax.random.key(2), members=1, max_epochs=3)
+    posterior.save(tmp_path / "a")
+    value = posterior.log_prob(theta, x)
+    assert np.all(np.isfinite(value))
+    np.testing.assert_array_equal(load_posterior(tmp_path / "a").log_prob(theta, x), value)

@@ -28,7 +28,8 @@ def p_values(ranks: np.ndarray) -> np.ndarray:
     return np.array([stats.chisquare(cell).pvalue for cell in cells])
 
 
-@pytest.mark.parametrize("sampler", ["hmc", "nuts"])
+# NUTS is calibrated on many observations at once in test_inference_nle.
+@pytest.mark.parametrize("sampler", ["hmc", pytest.param("nuts", marks=pytest.mark.slow)])
 def test_ranks_are_uniform_and_a_wrong_likelihood_is_seen(sampler):
     """A toy: 120 observations take seconds. The wrong model thinks the noise twice as large as it is."""
     sim, wrong = (ds.linear_gaussian(n_data=24, n_latents=2, noise=noise) for noise in (0.5, 1.0))
