@@ -347,10 +347,8 @@ def _training_rows(store: SimulationStore, compress) -> dict[str, np.ndarray]:
     """theta, score and compressed statistics t of the finite simulations; of the statistics, one block is in memory."""
     parts = []
     for block in store.iterate(TRAINING):
-        bad = _bad_rows(block)
-        rows = {name: np.delete(value, bad, axis=0) for name, value in block.items()}
-        t = np.asarray(compress(rows["statistics"]))
-        parts.append({"theta": rows["theta"], "score": rows["score"], "t": t})
+        rows = {name: np.delete(value, _bad_rows(block), axis=0) for name, value in block.items()}
+        parts.append({name: rows[name] for name in ("theta", "score")} | {"t": compress(rows["statistics"])})
     return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
 
 
