@@ -194,7 +194,7 @@ def curves(
 
     Args:
         rows: (curve, x, y, standard error of y).
-        levels: Name → height of a dashed line.
+        levels: Name → height of a line across.
         log_y, log_x: Whether y and x are logarithmic.
         ticks: Names of x = 0, 1, ...; points are then not joined. The `width` is in inches.
     """
@@ -204,9 +204,8 @@ def curves(
             x, y, error = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
             style = dict(ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)])
             axis.errorbar(x, y, error, fmt="o" if ticks else "o-", label=name, **style)
-        for name, level in levels.items():
-            axis.axhline(level, color="0.4", lw=0.8, ls="--")
-            axis.annotate(name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+        for i, (name, level) in enumerate(levels.items()):
+            axis.axhline(level, color="0.4", lw=0.8, ls=("--", ":", "-.")[i % 3], label=name)
         axis.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
         axis.legend()
         places = list(range(len(ticks))) or sorted({row[1] for row in rows})

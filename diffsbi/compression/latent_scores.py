@@ -156,6 +156,7 @@ class MarginalScore(_ScoresAtOnePoint):
         counts = jnp.isfinite(scores[:, 0]) & (jnp.arange(self.n_turns) >= self.n_burn)
         return jnp.sum(jnp.where(counts[:, None], scores, 0), 0) / jnp.sum(counts)
 
+    @eqx.filter_jit
     def turns(self, x: Array) -> Float[Array, " n_turns p"]:
         r"""The mean score over each turn of one data set's chain, NaN where it was undone.
 
