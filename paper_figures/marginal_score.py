@@ -11,12 +11,10 @@ TITLES = {"ascent": "steps of ascent", "chain": "mean over a chain"}
 
 def draw(runs: Path) -> plotting.Figure:
     found = read_json(runs / "marginal_score" / "lost.json")
-    points = [
-        (f"{TITLES[row['kind']]}, {row['terms']}", row["gradients"], row["volume"], row["volume_error"])
-        for row in found["rows"]
-    ]
+    rows = [row for row in found["rows"] if row["terms"] == "linear"]
+    points = [(TITLES[row["kind"]], row["gradients"], row["volume"], row["volume_error"]) for row in rows]
     title = f"gradients a map ({found['n_pix']}² × 5)"
-    return plotting.curves(points, title, "log volume over the full field's", {"nothing lost": 0.0}, log_y=False)
+    return plotting.curves(points, title, "lost: log volume over the full field's", {}, log_y=False)
 
 
 if __name__ == "__main__":

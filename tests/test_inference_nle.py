@@ -112,18 +112,18 @@ def test_one_observation_and_the_unnormalised_density(linear, scored):
 
 def test_many_observations_at_once_are_calibrated(linear, scored):
     """The posterior of each row is that of its own data: shuffled rows fail at once."""
-    truth = linear.draw(jax.random.key(10), 60, with_score=False)
-    theta = scored.sample(jax.random.key(0), 40, truth.x.reshape(4, 15, 4), n_warmup=60, n_chains=2)
-    assert theta.shape == (40, 4, 15, 2)
-    theta = np.asarray(theta).reshape(40, 60, 2)
+    truth = linear.draw(jax.random.key(10), 100, with_score=False)
+    theta = scored.sample(jax.random.key(0), 60, truth.x.reshape(4, 25, 4), n_warmup=60, n_chains=2)
+    assert theta.shape == (60, 4, 25, 2)
+    theta = np.asarray(theta).reshape(60, 100, 2)
     means, _ = jax.vmap(linear.posterior)(truth.x)
     width = np.sqrt(np.diag(linear.posterior(truth.x[0])[1]))
     z = (theta.mean(0) - np.asarray(means)) / width
-    assert np.sqrt(np.mean(z**2)) < 0.3  # forty draws, and the fit's own error
+    assert np.sqrt(np.mean(z**2)) < 0.3  # sixty draws, and the fit's own error
     ranks = sbc_ranks(theta.swapaxes(0, 1), truth.theta)
-    assert sbc_test(ranks, 40).min() > 1e-3
+    assert sbc_test(ranks, 60).min() > 1e-3
     shuffled = sbc_ranks(np.roll(theta.swapaxes(0, 1), 1, axis=0), truth.theta)
-    assert sbc_test(shuffled, 40).min() < 1e-3
+    assert sbc_test(shuffled, 60).min() < 1e-3
 
 
 def test_outside_the_prior_the_posterior_is_zero():
