@@ -30,8 +30,13 @@ def changed(cfg: Any, settings: Sequence[str]) -> Any:
     """The config with settings "name=value" changed; values are Python literals, or text without quotes.
 
     Raises:
-        ValueError: A setting that the config does not have, or a value of another type than the one it replaces.
+        ValueError: A setting that the config does not have, or a value of another type than the one it replaces; any
+            setting of presets that are files of settings themselves, not a `Config` of the experiment.
     """
+    if not settings:
+        return cfg
+    if not dataclasses.is_dataclass(cfg):
+        raise ValueError(f"Expected no --set, as this experiment has fixed settings; got {list(settings)}.")
     values = {}
     for setting in settings:
         name, equals, text = setting.partition("=")

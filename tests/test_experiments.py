@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import diffsbi as ds
-from experiments import changed
+from experiments import changed, command_line
 from experiments.curves import simulations_saved
 from experiments.lensing import lost
 
@@ -106,3 +106,16 @@ def test_settings_are_changed_by_name():
                         ("size=1.5", "size of type int"), ("width=a", "width of type float")):  # fmt: skip
         with pytest.raises(ValueError, match=told):
             changed(Settings(), [wrong])
+
+
+@pytest.mark.parametrize("name", ["demo", "full_field", "sampling", *QUICK, *LONG])
+def test_every_preset_is_run_as_it_is_from_the_command_line(name, monkeypatch, tmp_path):
+    module, found = importlib.import_module(f"experiments.{name}"), []
+    for preset, cfg in module.PRESETS.items():
+        monkeypatch.setattr("sys.argv", [name, "--preset", preset, "--out", str(tmp_path)])
+        command_line(lambda *arguments: found.append(arguments), module.PRESETS, name)
+        assert found[-1] == (cfg, tmp_path)
+    monkeypatch.setattr("sys.argv", [name, "--set", "no_such_setting=3"])
+    with pytest.raises(SystemExit):
+        command_line(lambda *arguments: found.append(arguments), module.PRESETS, name)
+    assert len(found) == len(module.PRESETS)
