@@ -136,8 +136,7 @@ def test_density_integrates_to_one_and_draws_follow_it(fits):
         assert distance < 2.0 / np.sqrt(4000) + 0.005
 
 
-# With scores the denoising target is trained on as well.
-@pytest.mark.parametrize("with_score", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("with_score", [False, True])
 def test_exact_posterior_of_a_linear_gaussian(with_score):
     sim = linear_gaussian(dim=2, n_latents=2, n_data=3, seed=1)
     draws = sim.draw(jax.random.key(0), 400)
