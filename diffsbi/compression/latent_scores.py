@@ -50,7 +50,7 @@ class _ScoresAtOnePoint(eqx.Module):
         check_trailing("x", x, shape)
         check_finite("x", x)
         rows = tqdm(x, desc=type(self).__name__, unit="row", disable=not progress)
-        return jnp.stack([_one(self, row) for row in rows])
+        return jnp.stack([self(row) for row in rows])
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -96,6 +96,7 @@ class LatentScores(_ScoresAtOnePoint):
         self.rates = tuple(map(float, rates))
         self._set(sim, theta0, latents)
 
+    @eqx.filter_jit
     def __call__(self, x: Array) -> Float[Array, " k_p"]:
         """The scores of one data set."""
         start, evaluate = self._start(x)
@@ -191,8 +192,3 @@ class MarginalScore(_ScoresAtOnePoint):
 @eqx.filter_jit
 def _setup(sim, theta0):
     return sim.setup(theta0), jax.jacfwd(sim.setup)(theta0)
-
-
-@eqx.filter_jit
-def _one(statistic, x):
-    return statistic(x)

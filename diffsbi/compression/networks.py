@@ -37,9 +37,9 @@ class MapNetwork(eqx.Module):
     def __call__(self, x: Float[Array, "bins n n"]) -> Float[Array, " features"]:
         n_bins = self.convolutions[0].in_channels // self.fold**2
         _check_map(x, n_bins, self.fold * 2 ** (len(self.convolutions) - 1))
-        x, features = _folded(x, self.fold), []
+        x, features = folded(x, self.fold), []
         for level, convolution in enumerate(self.convolutions):
-            x = jax.nn.silu(convolution(_halved(x) if level else x))
+            x = jax.nn.silu(convolution(halved(x) if level else x))
             features.append(jnp.mean(x, (1, 2)))
         return jnp.concatenate(features)
 
@@ -48,9 +48,9 @@ class MapNetwork(eqx.Module):
 
         Layer by layer, before the SiLU (Mishkin & Matas 2016, arXiv:1511.06422): of maps in any unit.
         """
-        made, x = [], jax.vmap(lambda row: _folded(row, self.fold))(x)
+        made, x = [], jax.vmap(lambda row: folded(row, self.fold))(x)
         for level, convolution in enumerate(self.convolutions):
-            x = jax.vmap(_halved)(x) if level else x
+            x = jax.vmap(halved)(x) if level else x
             y = jax.vmap(convolution)(x)
             loc, scale = (moment(y, (0, 2, 3))[:, None, None] for moment in (jnp.mean, jnp.std))
             weight, bias = convolution.weight / scale[..., None], (jnp.asarray(convolution.bias) - loc) / scale
@@ -101,9 +101,9 @@ class ResidualNetwork(eqx.Module):
 
     def __call__(self, x: Float[Array, "bins n n"]) -> Float[Array, " features"]:
         _check_map(x, self.first.in_channels, 2 ** len(self.levels))
-        x = _halved(self.first(x))
+        x = halved(self.first(x))
         for level, blocks in enumerate(self.levels):
-            x = _halved(x) if level else x
+            x = halved(x) if level else x
             for block in blocks:
                 x = block(x)
         return jnp.mean(jax.nn.silu(x), (1, 2))
@@ -155,13 +155,13 @@ def _convolution(key: Key, n_in: int, n_out: int) -> eqx.nn.Conv2d:
     return eqx.tree_at(lambda c: c.weight, convolution, 1.7 * 3**0.5 * convolution.weight)  # were 1/sqrt(3 fan_in)
 
 
-def _halved(x: Float[Array, "c n n"]) -> Float[Array, "c n/2 n/2"]:
+def halved(x: Float[Array, "c n n"]) -> Float[Array, "c n/2 n/2"]:
     """Mean over squares of 2 × 2 pixels."""
     c, n, m = x.shape
     return jnp.mean(x.reshape(c, n // 2, 2, m // 2, 2), (2, 4))
 
 
-def _folded(x: Float[Array, "c n n"], fold: int) -> Float[Array, "fold2_c n/fold n/fold"]:
+def folded(x: Float[Array, "c n n"], fold: int) -> Float[Array, "fold2_c n/fold n/fold"]:
     """Every pixel of a square a channel of its own."""
     c, n, m = x.shape
     x = x.reshape(c, n // fold, fold, m // fold, fold)

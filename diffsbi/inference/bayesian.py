@@ -132,8 +132,8 @@ def fit_variational(
 
     It starts at an ordinary fit and uses all rows: the divergence from the prior, not rows kept aside, keeps it from
     overfitting. (Where rows are so many that they are streamed, those held out of the ordinary fit are left out here.)
-    It knows no correlations between weights: where many of them act together their spreads add up, and
-    what they predict is up to about twice as uncertain as with `fit_chains`; less so for a smaller `prior_scale`.
+    It knows no correlations between weights: where many of them act together their spreads add up, and what they
+    predict is up to about twice as uncertain as with `fit_chains`; less so for a smaller `prior_scale`.
     The bound compares settings, roughly: a larger `config["network"]["elbo"]` is a better `prior_scale`.
 
     Args:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import diffsbi as ds
 from diffsbi.compression import MapNetwork, fit_compressor, torus_symmetry
 from diffsbi.compression.losses import LOSSES
+from diffsbi.compression.networks import folded, halved
 
 SIZES = {"64² × 5, 5°": (64, 5.0), "256² × 5, 10°": (256, 10.0)}
 
@@ -98,12 +99,9 @@ def _compile_in_process(size: str, cache: str) -> float:
 
 def convolutions(network: MapNetwork, x):
     """The network's convolutions, each of the halved result of the one before: what its training needs at least."""
-    f, (bins, n, _) = network.fold, x.shape
-    x = x.reshape(bins, n // f, f, n // f, f).transpose(0, 2, 4, 1, 3).reshape(-1, n // f, n // f)
+    x = folded(x, network.fold)
     for level, convolution in enumerate(network.convolutions):
-        if level:
-            x = jnp.mean(x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2), (2, 4))
-        x = convolution(x)
+        x = convolution(halved(x) if level else x)
     return jnp.sum(x)
 
 
