@@ -24,7 +24,7 @@ from jax.scipy.linalg import solve_triangular
 
 import diffsbi as ds
 from diffsbi import summaries
-from diffsbi._files import load_npz, read_json, write_json, write_npz
+from diffsbi._files import read_json, write_json, write_npz
 from diffsbi.compression import (
     IMNN,
     HybridNetwork,
@@ -34,10 +34,9 @@ from diffsbi.compression import (
     fit_compressor,
     torus_symmetry,
 )
-from diffsbi.runs import start_run
 from experiments import command_line
 from experiments.curves import print_table
-from experiments.lensing import MERITS, about, distances, full_field_draws, merits, spectrum_proposal
+from experiments.lensing import MERITS, MapConfig, about, begin, distances, in_blocks, merits, spectrum_proposal
 
 LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
 FREE = ("latent_scores", "marginal_score")
@@ -46,12 +45,10 @@ OTHERS = (*NUMBERS, *FREE)
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(MapConfig):
     """`n_average`: draws of the latents in a score; `imnn_share`: of the n that are for derivatives; rest: training."""
 
-    n_pix: int = 64
-    widen: float = 1.25
     compressors: tuple[str, ...] = LOSSES + OTHERS
     n: tuple[int, ...] = (250, 1000)
     n_inference: int = 1000
@@ -67,17 +64,12 @@ class Config:
     n_samples: int = 4000
     members: int = 2
     ess: float = 600.0
-    n_warmup: int = 200
-    n_draws: int = 10_000
-    n_chains: int = 4
-    n_spectrum: int = 500
-    seed: int = 0
 
 
 PRESETS = {
     "smoke": Config(
-        16, compressors=("imnn", "hybrid", "wavelets", "marginal_score"), n=(240,), n_inference=60, n_test=40, seeds=1,
-        channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
+        n_pix=16, compressors=("imnn", "hybrid", "wavelets", "marginal_score"), n=(240,), n_inference=60, n_test=40,
+        seeds=1, channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
         ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
     ),
     "paper": Config(),
@@ -109,10 +101,7 @@ def main(cfg: Config, out: Path) -> None:
     unknown = set(cfg.compressors) - {*LOSSES, *OTHERS}
     if unknown:
         raise ValueError(f"Expected compressors among {LOSSES + OTHERS}; got {sorted(unknown)}.")
-    sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
-    run = start_run(out, {"name": "compressors"} | dataclasses.asdict(cfg), STAGES)
-    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
-    chain = full_field_draws(cfg, sim, x, run)
+    sim, run, x, chain = begin(cfg, "compressors", out, STAGES)
     proposal = spectrum_proposal(cfg, sim, x, run)
     rows = []
     for n, seed in itertools.product(sorted(cfg.n, reverse=True), range(cfg.seeds)):
@@ -144,35 +133,31 @@ def _data(cfg: Config, sim, proposal, run, seed: int, x) -> dict:
     """Rows of one seed, and the observed map as one; scores, which take longest, are kept, maps are drawn again."""
     most, key = max(cfg.n), jax.random.fold_in(run.key("simulations"), seed)
     sizes = {"train": most, "inference": cfg.n_inference, "test": cfg.n_test}
-    statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
-    wavelets = summaries.wavelet_statistics(sim.n_pix, sim.side_deg, sim.n_bins)
-    data: dict = {"observed": dict(x=(x[None], statistics(x)[None], wavelets(x)[None]))}
+    kinds = [summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)]
+    if "wavelets" in cfg.compressors:
+        kinds.append(summaries.wavelet_statistics(sim.n_pix, sim.side_deg, sim.n_bins))
+    data: dict = {"observed": dict(x=(x[None], *(numbers(x)[None] for numbers in kinds)))}
     for i, (name, count) in enumerate(sizes.items()):
         key_theta, key_draw = jax.random.split(jax.random.fold_in(key, i))
         theta = proposal.sample(key_theta, (count,))
         draws = sim.draw(key_draw, count, theta, with_score=False)
-        numbers = (np.asarray(jax.lax.map(f, draws.x, batch_size=50)) for f in (statistics, wavelets))
-        data[name] = dict(theta=np.asarray(theta), x=(np.asarray(draws.x), *numbers))
+        made = (np.asarray(jax.lax.map(numbers, draws.x, batch_size=50)) for numbers in kinds)
+        data[name] = dict(theta=np.asarray(theta), x=(np.asarray(draws.x), *made))
         if name == "train" and {"vmim", "score", *NUMBERS} & set(cfg.compressors):
             data[name]["score"] = _scores(cfg, sim, run, seed, key_draw, theta)
     return data
 
 
-def _scores(cfg: Config, sim, run, seed: int, key, theta, size: int = 100) -> np.ndarray:
+def _scores(cfg: Config, sim, run, seed: int, key, theta) -> np.ndarray:
     """Scores of the simulations that `key` makes."""
     options = dict(latents="whitened", n_average=cfg.n_average)
     if cfg.n_average > 1:
         options["n_steps"] = sim.averaging_steps(run.key("scores"), "whitened")
-    parts = []
-    for start in range(0, len(theta), size):
-        path = run.folder / "scores" / f"{seed}_{start:06d}.npz"
-        if not path.exists():
-            print(f"scored simulations: {start} of {len(theta)}", flush=True)
-            rows = theta[start : start + size]
-            path.parent.mkdir(exist_ok=True)
-            write_npz(path, {"score": np.asarray(sim.draw(key, len(rows), rows, start=start, **options).score)})
-        parts.append(load_npz(path)["score"])
-    return np.concatenate(parts)
+
+    def make(start: int, count: int) -> dict:
+        return {"score": sim.draw(key, count, theta[start : start + count], start=start, **options).score}
+
+    return in_blocks("scored simulations", len(theta), 100, make, run.folder / "scores", f"{seed}_")["score"]
 
 
 def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: int) -> tuple[dict, np.ndarray]:
@@ -192,7 +177,7 @@ def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: 
 
 
 def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: int):
-    """(function of rows of (map, statistics, wavelets), simulations it took, epochs)."""
+    """(function of rows of (map, statistics and maybe wavelets), simulations it took, epochs)."""
     centre = sim.prior.from_unconstrained(proposal.loc)
     if name == "latent_scores":
         scores = LatentScores(sim, centre, rates=(0.1,))

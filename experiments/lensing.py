@@ -1,23 +1,49 @@
 """What experiments on lensing maps share: chains of one map, the score compression, summaries, distances."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import digamma, polygamma
 
+import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, write_npz
 from diffsbi.comparison import prior_bounds
 from diffsbi.diagnostics import c2st, compare_moments, figure_of_merit
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
+from diffsbi.runs import Run, start_run
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
 
 PAIRS = (("omega_c", "sigma_8"), ("omega_c", "w_0"), ("sigma_8", "w_0"))
 MERITS = {f"merit_{a}_{b}": f"Figure of merit {a}, {b}: share of the full field's" for a, b in PAIRS}
 
 
-def full_field_draws(cfg, sim, x, run) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MapConfig:
+    """One map of side `n_pix`, and the lengths of its full-field chains and of those (`n_spectrum`) of its spectra."""
+
+    n_pix: int = 64
+    widen: float = 1.25
+    ess: float = 2000.0
+    n_warmup: int = 200
+    n_draws: int = 10_000
+    n_chains: int = 4
+    n_spectrum: int = 500
+    seed: int = 0
+
+
+def begin(cfg: MapConfig, name: str, out: Path, stages: tuple[str, ...]):
+    """The simulator, the run in `out`, a map simulated at the fiducial, and draws of its full-field posterior."""
+    sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
+    run = start_run(out, {"name": name} | dataclasses.asdict(cfg), stages)
+    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
+    return sim, run, x, full_field_draws(cfg, sim, x, run)
+
+
+def full_field_draws(cfg: MapConfig, sim, x, run: Run) -> np.ndarray:
     """Draws of the full-field posterior of one map, from chains of the lengths in `cfg`: stage "reference"."""
     settings = dict(until_ess=cfg.ess, n_samples=cfg.n_draws, n_warmup=cfg.n_warmup, n_chains=cfg.n_chains)
 
@@ -33,7 +59,7 @@ def full_field_draws(cfg, sim, x, run) -> np.ndarray:
     return draws
 
 
-def spectrum_proposal(cfg, sim, x, run) -> GaussianProposal:
+def spectrum_proposal(cfg: MapConfig, sim, x, run: Run) -> GaussianProposal:
     """The power-spectrum posterior of the map, `cfg.n_spectrum` draws a chain, widened by `cfg.widen`: "spectrum"."""
 
     def work(folder: Path) -> dict:
@@ -55,25 +81,38 @@ def compress(sim, statistics, key, folder: Path, n_covariance: int, n_derivative
     return {"simulations": compression.n_simulations}
 
 
+def in_blocks(
+    what: str, n: int, size: int, make: Callable[[int, int], dict], folder: Path | None = None, prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """Named arrays of n rows, of which `make(start, count)` makes up to `size` at a time.
+
+    Blocks are kept in `folder`, if there is one, so that an interrupted run goes on.
+    """
+    parts = []
+    for start in range(0, n, size):
+        path = folder / f"{prefix}{start:06d}.npz" if folder else None
+        if path and path.exists():
+            parts.append(load_npz(path))
+            continue
+        print(f"{what}: {start} of {n}", flush=True)
+        parts.append({name: np.asarray(a) for name, a in make(start, min(size, n - start)).items()})
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_npz(path, parts[-1])
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def summarised(sim, summary, key, n: int, theta=None, *, folder: Path | None = None) -> np.ndarray:
     """Summaries `(n, d)` of simulations without scores; theta is None, one vector, or one for each row.
 
-    `summary` takes rows of maps. Blocks are kept in `folder`, if there is one, so that an interrupted run goes on.
+    `summary` takes rows of maps; blocks are kept in `folder`.
     """
-    parts, size = [], 100
-    for start in range(0, n, size):
-        path = folder / f"{start:06d}.npz" if folder else None
-        if path and path.exists():
-            parts.append(load_npz(path)["t"])
-            continue
-        count = min(size, n - start)
+
+    def make(start: int, count: int) -> dict:
         rows = theta[start : start + count] if np.ndim(theta) == 2 else theta
-        parts.append(np.asarray(summary(sim.draw(key, count, rows, with_score=False, start=start).x)))
-        if path:
-            folder.mkdir(exist_ok=True)
-            write_npz(path, {"t": parts[-1]})
-        print(f"simulations without scores: {start + count} of {n}", flush=True)
-    return np.concatenate(parts)
+        return {"t": summary(sim.draw(key, count, rows, with_score=False, start=start).x)}
+
+    return in_blocks("simulations without scores", n, 100, make, folder)["t"]
 
 
 def distances(theta, references: dict[str, np.ndarray], names, seed: int) -> dict:

@@ -12,38 +12,28 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import diffsbi as ds
 from diffsbi._files import load_npz, write_json, write_npz
 from diffsbi.compression import LatentScores, MarginalScore
-from diffsbi.runs import start_run
 from experiments import command_line
-from experiments.lensing import full_field_draws, lost, spectrum_proposal
+from experiments.lensing import MapConfig, begin, in_blocks, lost, spectrum_proposal
 
 STAGES = ("observed", "reference", "spectrum", "numbers")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(MapConfig):
     """`n` simulations; `turns`: lengths of the chain, the first `burn` turns of which do not count."""
 
-    n_pix: int = 64
-    widen: float = 1.25
     n: int = 600
     turns: tuple[int, ...] = (4, 6, 12, 24)
     burn: int = 3
     n_steps: int = 4
-    ess: float = 2000.0
-    n_warmup: int = 200
-    n_draws: int = 10_000
-    n_chains: int = 4
-    n_spectrum: int = 500
-    seed: int = 0
 
 
 PRESETS = {
-    "smoke": Config(16, n=60, turns=(4, 6), ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20),
+    "smoke": Config(n_pix=16, n=60, turns=(4, 6), ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20),
     "paper": Config(),
-    "large": Config(256, n=300, ess=1000.0),
+    "large": Config(n_pix=256, n=300, ess=1000.0),
 }
 
 
@@ -51,10 +41,7 @@ def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `lost.json`, print the table."""
     if not 0 <= cfg.burn < min(cfg.turns, default=0):
         raise ValueError(f"Expected turns, each more than burn; got {cfg.turns} and burn={cfg.burn}.")
-    sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
-    run = start_run(out, {"name": "marginal_score"} | dataclasses.asdict(cfg), STAGES)
-    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
-    chain = full_field_draws(cfg, sim, x, run)
+    sim, run, x, chain = begin(cfg, "marginal_score", out, STAGES)
     proposal = spectrum_proposal(cfg, sim, x, run)
     run.once("numbers", lambda folder: _numbers(cfg, sim, proposal, run, folder))
     pool = load_npz(run.path("numbers", "pool.npz"))
@@ -85,19 +72,14 @@ def _numbers(cfg: Config, sim, proposal, run, folder: Path) -> dict:
     centre = sim.prior.from_unconstrained(proposal.loc)
     ascent = LatentScores(sim, centre)
     chain = MarginalScore(sim, centre, n_turns=max(cfg.turns), n_burn=cfg.burn, n_steps=cfg.n_steps)
-    (folder / "blocks").mkdir(exist_ok=True)
-    size, parts = 50, []
-    for start in range(0, cfg.n, size):
-        path = folder / "blocks" / f"{start:06d}.npz"
-        if not path.exists():
-            print(f"numbers of simulations: {start} of {cfg.n}", flush=True)
-            rows = theta[start : start + size]
-            x = sim.draw(key_draw, len(rows), rows, with_score=False, start=start).x
-            points = np.asarray(ascent.many(x)).reshape(len(rows), -1, sim.prior.dim)
-            turns = np.stack([np.asarray(chain.turns(row)) for row in x])
-            write_npz(path, {"theta": np.asarray(rows), "ascent": points, "turns": turns})
-        parts.append(load_npz(path))
-    write_npz(folder / "pool.npz", {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+
+    def make(start: int, count: int) -> dict:
+        rows = theta[start : start + count]
+        x = sim.draw(key_draw, count, rows, with_score=False, start=start).x
+        points = ascent.many(x).reshape(count, -1, sim.prior.dim)
+        return {"theta": rows, "ascent": points, "turns": np.stack([chain.turns(row) for row in x])}
+
+    write_npz(folder / "pool.npz", in_blocks("numbers of simulations", cfg.n, 50, make, folder / "blocks"))
     return {"simulations": cfg.n}
 
 

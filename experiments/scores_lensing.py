@@ -4,7 +4,7 @@ One simulated LSST-Y10 map; every posterior is compared with the converged full-
 are compressed to a number for each parameter, which loses information: no posterior given these numbers comes nearer to
 the full field's than that allows. The numbers are spectra, moments and peaks by score compression at the fiducial
 (`summary="statistics"`), or, without any simulation, the marginal score at the proposal's centre, the mean over a
-short chain on the map's latents (`"marginal_score"`), or the score at the latents that two gradients find, which is as
+short chain on the map's latents (`"marginal_score"`), or the score at the latents that two gradients find, almost as
 good on small maps (`"latent_scores"`). So every posterior is also compared with what the numbers themselves say, as NLE
 learns it from `n_reference` simulations without scores (there is no exact answer). Parameters are drawn from the prior,
 or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed has simulations of its own; those of a
@@ -28,15 +28,16 @@ from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.compression import LatentScores, MarginalScore
 from diffsbi.diagnostics import sbc_ranks, sbc_test, tarp
 from diffsbi.inference.reweighted import ReweightedPosterior
-from diffsbi.runs import start_run
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import (
     MERITS,
+    MapConfig,
     about,
+    begin,
     compress,
     distances,
-    full_field_draws,
+    in_blocks,
     lost,
     merits,
     spectrum_proposal,
@@ -48,18 +49,16 @@ SUMMARIES = ("statistics", "latent_scores", "marginal_score")
 STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(MapConfig):
     """`summary`: "statistics", "latent_scores" or "marginal_score", of `turns`; `scores`: latents, averaged draws.
 
     The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
     """
 
-    n_pix: int = 64
     summary: str = "statistics"
     turns: int = 12
     proposal: str = "spectrum"
-    widen: float = 1.25
     n: tuple[int, ...] = (25, 50, 100, 200, 400, 600, 1000, 2000)
     n_scored: int = 2000
     seeds: int = 5
@@ -72,17 +71,11 @@ class Config:
     n_coverage: int = 500
     n_samples: int = 2000
     members: int = 4
-    ess: float = 2000.0
-    n_warmup: int = 200
-    n_draws: int = 10_000
-    n_chains: int = 4
-    n_spectrum: int = 500
-    seed: int = 0
 
 
 PRESETS = {
     "smoke": Config(
-        16, "marginal_score", n=(20,), n_scored=20, seeds=1, scores=(("whitened", 2),), n_reference=100,
+        n_pix=16, summary="marginal_score", n=(20,), n_scored=20, seeds=1, scores=(("whitened", 2),), n_reference=100,
         coverage_n=(20,), n_coverage=20, n_samples=200, members=1, ess=20, n_warmup=60, n_draws=60, n_chains=2,
         n_spectrum=20,
     ),
@@ -96,7 +89,7 @@ PRESETS = {
     ),
     # The full configuration, likewise; the sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        256, "marginal_score", turns=30, n=(25, 50, 100, 200), n_scored=100, estimators=("NPE",),
+        n_pix=256, summary="marginal_score", turns=30, n=(25, 50, 100, 200), n_scored=100, estimators=("NPE",),
         n_reference=505, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
     ),
 }  # fmt: skip
@@ -109,10 +102,7 @@ def main(cfg: Config, out: Path) -> None:
     if cfg.summary not in SUMMARIES:
         raise ValueError(f"Expected a summary among {SUMMARIES}; got {cfg.summary!r}.")
     _check_sizes(cfg)
-    sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
-    run = start_run(out, {"name": "scores_lensing"} | dataclasses.asdict(cfg), STAGES)
-    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
-    chain = full_field_draws(cfg, sim, x, run)
+    sim, run, x, chain = begin(cfg, "scores_lensing", out, STAGES)
     proposal = spectrum_proposal(cfg, sim, x, run) if cfg.proposal == "spectrum" else None
     summary = _summary(cfg, sim, proposal, run)
     observed = summary(x[None])[0]
@@ -189,26 +179,20 @@ def _summary(cfg: Config, sim, proposal, run):
 
 def _simulate(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
     """Scored simulations, in blocks that an interrupted run keeps."""
-    n, size = cfg.seeds * cfg.n_scored, 50
+    n = cfg.seeds * cfg.n_scored
     key_theta, key_draw = jax.random.split(run.key("simulations"))
     theta = (sim.prior if proposal is None else proposal).sample(key_theta, (n,))
-    blocks = folder / "blocks"
-    blocks.mkdir(exist_ok=True)
     steps = {kind: sim.averaging_steps(key_draw, kind[0]) for kind in cfg.scores if kind[1] > 1}
-    parts = []
-    for start in range(0, n, size):
-        path = blocks / f"{start:06d}.npz"
-        if not path.exists():
-            print(f"scored simulations: {start} of {n}", flush=True)
-            count, part = min(size, n - start), {}
-            for kind in cfg.scores:
-                options = dict(latents=kind[0], n_average=kind[1], n_steps=steps.get(kind), start=start)
-                draws = sim.draw(key_draw, count, theta[start : start + count], **options)
-                part[_name(kind)] = np.asarray(draws.score)
-            part |= {"theta": np.asarray(draws.theta), "t": np.asarray(summary(draws.x))}
-            write_npz(path, part)
-        parts.append(load_npz(path))
-    write_npz(folder / "pool.npz", {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+
+    def make(start: int, count: int) -> dict:
+        part = {}
+        for kind in cfg.scores:
+            options = dict(latents=kind[0], n_average=kind[1], n_steps=steps.get(kind), start=start)
+            draws = sim.draw(key_draw, count, theta[start : start + count], **options)
+            part[_name(kind)] = draws.score
+        return part | {"theta": draws.theta, "t": summary(draws.x)}
+
+    write_npz(folder / "pool.npz", in_blocks("scored simulations", n, 50, make, folder / "blocks"))
     return {"simulations": n}
 
 
