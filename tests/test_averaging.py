@@ -56,7 +56,7 @@ def test_the_average_is_unbiased_given_the_data_for_every_step(x64, n_steps):
 
 
 def test_without_the_acceptance_step_the_mean_would_be_wrong(x64, monkeypatch):
-    inner = averaging._transition
+    inner = averaging.quarter_turn
 
     def always(evaluate, state, key, n_steps):
         monkeypatch.setattr(jax.random, "uniform", lambda *a, **k: jnp.zeros(()))
@@ -64,9 +64,9 @@ def test_without_the_acceptance_step_the_mean_would_be_wrong(x64, monkeypatch):
             return inner(evaluate, state, key, n_steps)
         finally:
             monkeypatch.undo()
-            monkeypatch.setattr(averaging, "_transition", always)
+            monkeypatch.setattr(averaging, "quarter_turn", always)
 
-    monkeypatch.setattr(averaging, "_transition", always)
+    monkeypatch.setattr(averaging, "quarter_turn", always)
     sim = Stars()
     theta = jnp.asarray([1.5, 0.1])
     kept = [k for k in range(8000)]

@@ -6,6 +6,7 @@ from diffsbi.sampling.gaussian_field import GaussianFieldLikelihood, gaussian_fi
 from diffsbi.sampling.hmc import hmc
 from diffsbi.sampling.mclmc import mclmc
 from diffsbi.sampling.nuts import nuts
+from diffsbi.sampling.path import PathEstimate, PathPosterior, path_posterior
 from diffsbi.sampling.power_spectrum import BandPowerLikelihood, band_power_covariance, power_spectrum_posterior
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Estimate",
     "FullFieldTarget",
     "GaussianFieldLikelihood",
+    "PathEstimate",
+    "PathPosterior",
     "band_power_covariance",
     "full_field_posterior",
     "gaussian_field_posterior",
@@ -23,5 +26,6 @@ __all__ = [
     "load_chains",
     "mclmc",
     "nuts",
+    "path_posterior",
     "power_spectrum_posterior",
 ]

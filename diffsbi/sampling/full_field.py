@@ -105,13 +105,8 @@ def full_field_posterior(
     lensing = isinstance(sim, LensingMaps)
     sampler = sampler if sampler != "best" else ("hmc" if latents == "whitened" else "nuts")
     check_names([sampler], list(SAMPLERS), "sampler")
-    x = jnp.asarray(x, jnp.result_type(float))
-    _, z_shape, x_shape = eqx.filter_eval_shape(sim.draw_one, jax.random.key(0))
-    if x.shape != x_shape.shape:
-        raise ValueError(f"Expected an observation with shape {x_shape.shape}; got {x.shape}.")
-    check_finite("observation", x)
-    preconditioner = approximate_posterior(sim, x) if lensing else _prior_spread(sim)
-    centre, root = (jnp.asarray(a, x.dtype) for a in preconditioner)
+    x, shape = observed(sim, x)
+    centre, root = (jnp.asarray(a, x.dtype) for a in starting_frame(sim, x))
     target = FullFieldTarget(sim, x, centre, root, latents)
     key_v, key_xi, key_chain = jax.random.split(check_key(key), 3)
     v = 2.0 * jax.random.normal(key_v, (n_chains, sim.prior.dim)) if lensing else _starts(sim, key_v, n_chains, target)
@@ -120,12 +115,31 @@ def full_field_posterior(
     if sampler == "nuts":
         running |= dict(mass="unit" if lensing else ("v",), max_tree_depth=(6, 8))
     for _ in range(MOVES):
-        init = {"v": v, "xi": _latent_starts(sim, target, v, key_xi, z_shape.shape)}
+        init = {"v": v, "xi": _latent_starts(sim, target, v, key_xi, shape)}
         try:
             return SAMPLERS[sampler](target, init, key_chain, n_warmup, n_samples, **(running | settings))
         except BadStart as bad:  # far out the spectra may not be finite: half way to the centre
             v, last = v.at[bad.chain].multiply(0.5), bad
     raise last
+
+
+def observed(sim: AbstractSimulator, x) -> tuple[Array, tuple[int, ...]]:
+    """The observation as an array, and the shape of a draw's latents.
+
+    Raises:
+        ValueError: If x is not finite or has another shape than the simulator draws.
+    """
+    x = jnp.asarray(x, jnp.result_type(float))
+    _, z_shape, x_shape = eqx.filter_eval_shape(sim.draw_one, jax.random.key(0))
+    if x.shape != x_shape.shape:
+        raise ValueError(f"Expected an observation with shape {x_shape.shape}; got {x.shape}.")
+    check_finite("observation", x)
+    return x, z_shape.shape
+
+
+def starting_frame(sim: AbstractSimulator, x: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Centre and root of a first guess in unconstrained space: the Gaussian-field posterior of maps, else the prior."""
+    return approximate_posterior(sim, x) if isinstance(sim, LensingMaps) else _prior_spread(sim)
 
 
 def _latent_starts(sim, target: FullFieldTarget, v, key, shape) -> Array:

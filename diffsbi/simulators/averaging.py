@@ -72,7 +72,7 @@ def average_score(
 
     def transition(k, carry):
         state, total, acceptance = carry
-        state, accepted = _transition(evaluate, state, jax.random.fold_in(key, k), n_steps)
+        state, _, accepted = quarter_turn(evaluate, state, jax.random.fold_in(key, k), n_steps)
         return state, jax.tree.map(jnp.add, total, state.slope_of_setup), acceptance + accepted
 
     first = evaluate(xi)
@@ -82,7 +82,20 @@ def average_score(
     return score, acceptance / (n_average - 1)
 
 
-def _transition(evaluate, state: State, key: Key, n_steps) -> tuple[State, Array]:
+def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0) -> tuple[State, State, Array]:
+    r"""A quarter turn with a new momentum: 2 `n_steps` gradients.
+
+    Args:
+        evaluate: xi → `State`.
+        state: Where it starts.
+        key: Momentum and acceptance.
+        n_steps: Steps.
+        slack: Accepted in any case if the energy grows by less; a chain that has yet to come to where it belongs would
+            stand still without it.
+
+    Returns:
+        The state after the turn, that at the trajectory's end whether accepted or not, and the Metropolis acceptance.
+    """
     key_p, key_u = jax.random.split(key)
     dtype = state.xi.dtype
     step = jnp.asarray(QUARTER_TURN / n_steps, dtype)
@@ -100,5 +113,5 @@ def _transition(evaluate, state: State, key: Key, n_steps) -> tuple[State, Array
     p = kick(new.xi, p, new.slope, KICKS[2] * step)
     change = energy_lost(state, new, momentum, p)
     acceptance = jnp.where(jnp.isfinite(change), jnp.minimum(1.0, jnp.exp(change)), 0.0).astype(state.value.dtype)
-    accepted = jax.random.uniform(key_u, dtype=acceptance.dtype) < acceptance
-    return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state), acceptance
+    accepted = (jax.random.uniform(key_u, dtype=acceptance.dtype) < acceptance) | (change > -slack)
+    return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state), new, acceptance

@@ -1,0 +1,380 @@
+r"""The full-field posterior from marginal scores along a path of parameters: a log-likelihood from its gradients."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import logsumexp
+from tqdm.auto import tqdm
+
+from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+from diffsbi.prior import Prior
+from diffsbi.sampling.blocks import BlockStore, array_digest
+from diffsbi.sampling.full_field import observed, starting_frame
+from diffsbi.sampling.surface import Surface, features, fit_surface
+from diffsbi.simulators.averaging import evaluator, quarter_turn
+from diffsbi.simulators.base import AbstractSimulator
+
+LEAST_ACCEPTANCE, MOST_STEPS = 0.6, 16
+BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
+REFITS = 2  # of the surface after each round, each in the frame of the last
+CANDIDATES = 10_000
+TAIL = 6.0  # degrees of freedom of the candidates' t distribution
+
+
+class PathEstimate(NamedTuple):
+    """Posterior mean and standard deviation of one parameter, with the standard errors that the path leaves them."""
+
+    mean: float
+    sd: float
+    mean_error: float
+    sd_error: float
+
+
+class PathPosterior(eqx.Module):
+    r"""$p(\theta | x) \propto p(\theta) e^{\ell(v)}$, $u(\theta) = u_0 + R v$, with a surface $\ell$ fitted to scores.
+
+    Attributes:
+        prior: Of theta.
+        centre: $u_0$, the posterior's mean in the prior's unconstrained space, `(p,)`.
+        root: R, of its covariance there, `(p, p)`.
+        surface: $\ell$.
+        u: The points of the path, `(n, p)`.
+        scores: $\nabla_u \log p(x | \theta(u))$ there, with Monte Carlo noise, `(n, p)`.
+        acceptance: Of the chain at each point, `(n,)`.
+        gradients: All gradients of the joint that it took, burn-in included.
+    """
+
+    prior: Prior
+    centre: np.ndarray
+    root: np.ndarray
+    surface: Surface
+    u: np.ndarray
+    scores: np.ndarray
+    acceptance: np.ndarray
+    gradients: int = eqx.field(static=True)
+
+    def log_likelihood(self, theta: Float[Array, "*n p"]) -> np.ndarray:
+        r"""$\log p(x | \theta)$ up to a constant; beyond the posterior, where the path did not go, an extrapolation."""
+        check_trailing("theta", theta, (self.prior.dim,))
+        u = np.asarray(self.prior.to_unconstrained(jnp.asarray(theta)), float)
+        v = np.linalg.solve(self.root, (u - self.centre).reshape(-1, self.prior.dim).T).T
+        return self.surface(v).reshape(u.shape[:-1])
+
+    def sample(self, key: Key, n: int) -> Float[Array, "n p"]:
+        """`n` draws, chosen without replacement by their weights among candidates of a t distribution.
+
+        Raises:
+            ValueError: `n` < 1.
+        """
+        if n < 1:
+            raise ValueError(f"Expected n >= 1 draws; got {n}.")
+        v, log_weight = self._weighted(_generator(key), max(CANDIDATES, 20 * n))
+        noise = _generator(jax.random.fold_in(key, 1)).gumbel(size=len(v))
+        chosen = np.argpartition(-(log_weight + noise), n - 1)[:n]
+        u = self.centre + v[np.sort(chosen)] @ self.root.T
+        return self.prior.from_unconstrained(jnp.asarray(u, jnp.result_type(float)))
+
+    def summary(self) -> dict[str, PathEstimate]:
+        """Mean, standard deviation and their errors for every parameter.
+
+        Errors come from the covariance of the surface's coefficients: noise of the scores and their number, not terms
+        that the surface lacks. Compare `degree=3`, or another key, for these.
+        """
+        generator = np.random.default_rng(0)
+        v, log_weight = self._weighted(generator, CANDIDATES)
+        theta = np.asarray(self.prior.from_unconstrained(jnp.asarray(self.centre + v @ self.root.T)), float)
+        root = np.linalg.cholesky(self.surface.covariance)
+        change = features(v, self.surface.terms) @ root @ generator.standard_normal((root.shape[1], 64))
+        moments = [_moments(theta, log_weight + by) for by in (np.zeros(len(v)), *change.T)]
+        means, widths = (np.stack(part) for part in zip(*moments, strict=True))
+        columns = (means[0], widths[0], means[1:].std(0), widths[1:].std(0))
+        return {
+            n: PathEstimate(*map(float, row))
+            for n, row in zip(self.prior.names, zip(*columns, strict=True), strict=True)
+        }
+
+    @property
+    def error(self) -> float:
+        """The largest error of a mean or a standard deviation, in standard deviations."""
+        return max(max(row.mean_error, row.sd_error) / row.sd for row in self.summary().values())
+
+    def _weighted(self, generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        return _candidates(self.prior, self.centre, self.root, self.surface, generator, n)
+
+
+def path_posterior(
+    sim: AbstractSimulator,
+    x: Array,
+    key: Key,
+    *,
+    n_points: int = 96,
+    n_turns: int = 4,
+    until_error: float | None = 0.1,
+    degree: int = 2,
+    start: Float[Array, "n p"] | None = None,
+    latents: str | None = None,
+    folder=None,
+    progress: bool = False,
+) -> PathPosterior:
+    r"""Posterior of theta given the data themselves, from the marginal score at some ten to a hundred parameters.
+
+    By Fisher's identity $\nabla_\theta \log p(x | \theta) = E[\nabla_\theta \log p(x, \xi | \theta)]$ over the latents
+    that x and theta allow, and its integral along a path of parameters is the log-likelihood (path sampling; Gelman &
+    Meng 1998, Stat. Sci. 13, 163). One Markov chain of the latents (quarter turns about a standard normal, Metropolis
+    adjusted, ends and starts weighted by acceptance) goes with the parameters from point to point; at each, one turn
+    lets it follow and `n_turns` are averaged. The log-likelihood is the quadratic in the prior's unconstrained space
+    whose gradients these scores are (`fit_surface`); the prior is exact. Points come in rounds of 2 p from the
+    posterior so far, so that later ones are where they matter.
+
+    It needs no training, no simulation, and for lensing maps a tenth of the gradients of chains on (theta, latents) for
+    a posterior within 0.1 standard deviations of theirs. It is an approximation where they are exact: the
+    log-likelihood is quadratic (or cubic) in u, and the chain follows the path with a lag. Take `full_field_posterior`
+    to judge others by.
+
+    Args:
+        sim: Any simulator of the protocol whose latents are near a standard normal in the coordinate `latents`.
+        x: The observation, with the shape that the simulator draws.
+        key: A typed JAX key.
+        n_points: The most points, in whole rounds of 2 p.
+        n_turns: Quarter turns averaged at each.
+        until_error: Stop once all means and standard deviations are known to so many standard deviations
+            (`PathPosterior.error`); None to take all `n_points`.
+        degree: 2, or 3 to learn the log-likelihood's skewness as well, which takes more points.
+        start: Draws of a first posterior, about which the first points are; by default the Gaussian-field posterior for
+            lensing maps and the prior for other simulators.
+        latents: Latent coordinate; by default "whitened" where the simulator offers it, else "white".
+        folder: Where each round is kept; a call with the same arguments goes on from there.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: Data that are not finite or of another shape, numbers that are not positive, fewer than two rounds,
+            or a folder of another configuration.
+        RuntimeError: Scores that are not finite at half the points of a round, or so noisy or so far from those of a
+            quadratic that no posterior can be had.
+    """
+    dim = sim.prior.dim
+    if n_points < 4 * dim or n_turns < 1 or (until_error is not None and not until_error > 0):
+        got = f"n_points={n_points}, n_turns={n_turns}, until_error={until_error}"
+        raise ValueError(f"Expected n_points >= {4 * dim} (two rounds), n_turns >= 1 and until_error > 0; got {got}.")
+    if degree not in (2, 3):
+        raise ValueError(f"Expected degree 2 or 3; got {degree}.")
+    latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
+    sim.transport(latents)
+    x, shape = observed(sim, x)
+    centre, root = starting_frame(sim, x) if start is None else _frame_of(sim.prior, start)
+    key_xi, key_points, key_chain = jax.random.split(check_key(key), 3)
+    walk = _Walk(sim, x, jax.random.normal(key_xi, shape, x.dtype), key_chain, latents)
+    # What is kept is this path's only as long as everything that it depends on is the same.
+    where = array_digest(*(np.asarray(a, np.float32) for a in (x, centre, root)), np.asarray(jax.random.key_data(key)))
+    store = (
+        BlockStore(folder, dict(sampler="path", n_turns=n_turns, degree=degree, latents=latents, inputs=where))
+        if folder
+        else None
+    )
+    kept: list[dict[str, np.ndarray]] = []
+    posterior = None
+    with tqdm(total=n_points // (2 * dim) * 2 * dim, disable=not progress, desc="path", unit="point") as bar:
+        for k in range(n_points // (2 * dim)):
+            v = np.asarray(jax.random.normal(jax.random.fold_in(key_points, k), (2 * dim, dim)), float)
+            record = _stored(store, k, walk)
+            if record is None:
+                record = walk.round(k, centre + v @ root.T, n_turns)
+                record |= dict(centre=centre, root=root)
+                if store:
+                    store.write(0, k, record, walk.state)
+            kept.append(record)
+            posterior = _fitted(sim.prior, centre, root, kept, degree, walk.gradients)
+            centre, root = posterior.centre, posterior.root
+            bar.update(2 * dim)
+            bar.set_postfix(
+                gradients=posterior.gradients,
+                acceptance=f"{record['acceptance'].mean():.2f}",
+                error=f"{posterior.error:.2f}",
+            )
+            if k > 0 and until_error is not None and posterior.error < until_error:
+                break
+    return posterior
+
+
+class _Walk:
+    """The chain of latents that goes with theta; `state` is all that a later round depends on."""
+
+    def __init__(self, sim, x, xi, key, latents: str):
+        self.sim, self.x, self.key, self.latents = sim, x, key, latents
+        self.slack = 10 + 0.1 * math.sqrt(xi.size)  # far beyond what good steps lose in so many dimensions
+        self.state = dict(xi=xi, n_steps=np.asarray(2), gradients=np.asarray(0))
+
+    @property
+    def gradients(self) -> int:
+        return int(self.state["gradients"])
+
+    def round(self, k: int, points: np.ndarray, n_turns: int) -> dict[str, np.ndarray]:
+        """Scores at the points of round k; the chain is brought to the first round's mean before it."""
+        key = jax.random.fold_in(self.key, k)
+        if k == 0:
+            self._burn_in(points.mean(0), jax.random.fold_in(key, len(points)))
+        rows = [self._visit(u, jax.random.fold_in(key, i), n_turns, 0.0) for i, u in enumerate(points)]
+        scores, acceptance = np.stack([row[0] for row in rows]), np.asarray([row[1] for row in rows])
+        bad = ~np.isfinite(scores).all(1)
+        if bad.mean() > 0.5:
+            example = np.asarray(self.sim.prior.from_unconstrained(jnp.asarray(points[bad][0]))).tolist()
+            raise RuntimeError(
+                f"The score is not finite at {bad.sum()} of {len(points)} parameters of round {k}, such as {example}; "
+                "start from draws of a first posterior (start=...), or look at the simulator there."
+            )
+        if acceptance.mean() < LEAST_ACCEPTANCE:
+            self._shorter()
+        return dict(u=points[~bad], scores=scores[~bad], acceptance=acceptance[~bad])
+
+    def _burn_in(self, u: np.ndarray, key: Key) -> None:
+        for i in range(2 * MOST_STEPS):
+            _, acceptance = self._visit(u, jax.random.fold_in(key, i), BURN_IN, self.slack)
+            if i > 0 and acceptance > LEAST_ACCEPTANCE:
+                return
+            if i > 0:
+                self._shorter()
+
+    def _shorter(self) -> None:
+        self.state["n_steps"] = np.minimum(self.state["n_steps"] + 1, MOST_STEPS)
+
+    def _visit(self, u, key, n_turns: int, slack: float) -> tuple[np.ndarray, float]:
+        n_steps = int(self.state["n_steps"])
+        u, xi = jnp.asarray(u, self.x.dtype), jnp.asarray(self.state["xi"])
+        counts = (jnp.asarray(n_steps), jnp.asarray(n_turns), jnp.asarray(self.slack), jnp.asarray(slack))
+        new, score, acceptance = _visit(self.sim, self.x, u, xi, key, *counts, latents=self.latents)
+        if bool(jnp.isfinite(score).all()):
+            self.state["xi"] = new
+        self.state["gradients"] = self.state["gradients"] + 1 + 2 * n_steps * (n_turns + 1)
+        return np.asarray(score, float), float(acceptance)
+
+
+@eqx.filter_jit
+def _visit(sim, x, u, xi, key, n_steps, n_turns, slack_at_first, slack, *, latents):
+    """The latents after, and the mean score over, `n_turns` turns at u; the turn before them is not counted."""
+    setup, pull_back = jax.vjp(lambda u: sim.setup(sim.prior.from_unconstrained(u)), u)
+    evaluate = functools.partial(evaluator(sim, x, latents), setup)
+    key_first, key = jax.random.split(key)
+    state, _, _ = quarter_turn(evaluate, evaluate(xi), key_first, n_steps, slack_at_first)
+
+    def turn(k, carry):
+        state, total, accepted = carry
+        after, end, acceptance = quarter_turn(evaluate, state, jax.random.fold_in(key, k), n_steps, slack)
+
+        def add(total, end, start):  # what was proposed counts as often as it would be accepted
+            return total + jnp.where(acceptance > 0, acceptance * end, 0) + (1 - acceptance) * start
+
+        total = jax.tree.map(add, total, end.slope_of_setup, state.slope_of_setup)
+        return after, total, accepted + acceptance
+
+    start = (state, jax.tree.map(jnp.zeros_like, state.slope_of_setup), jnp.zeros_like(state.value))
+    state, total, accepted = jax.lax.fori_loop(0, n_turns, turn, start)
+    (score,) = pull_back(jax.tree.map(lambda a: a / n_turns, total))
+    return state.xi, score, accepted / n_turns
+
+
+def _stored(store: BlockStore | None, k: int, walk: _Walk) -> dict[str, np.ndarray] | None:
+    """Round k of a former run, the walk brought to its end; None where there is none."""
+    record = store.read(0, k) if store else None
+    state = store.read_state(0, k, walk.state) if store and record is not None else None
+    if state is None:
+        return None
+    walk.state = jax.tree.map(np.asarray, state)
+    return record
+
+
+def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> PathPosterior:
+    """The surface through all scores so far, in the frame of the posterior that it gives."""
+    u, scores, acceptance = (np.concatenate([r[name] for r in kept]) for name in ("u", "scores", "acceptance"))
+    precision, _ = _prior_moments(prior)
+    frames = [(r["centre"], r["root"]) for r in kept]
+    for _ in range(REFITS):
+        v, in_frame = np.linalg.solve(root, (u - centre).T).T, scores @ root
+        guess = np.eye(prior.dim) - root.T @ precision @ root
+        surface = fit_surface(v, in_frame, guess, degree, _counts(u, centre, root, frames))
+        found, log_weight = _candidates(prior, centre, root, surface, np.random.default_rng(0), CANDIDATES)
+        weight = np.exp(log_weight - logsumexp(log_weight))
+        fitted = PathPosterior(prior, centre, root, surface, u, scores, acceptance, gradients)
+        mean, covariance = weight @ found, np.cov(found.T, aweights=weight)
+        centre, root = centre + root @ mean, root @ np.linalg.cholesky(np.atleast_2d(covariance))
+    return fitted
+
+
+def _counts(u, centre, root, frames) -> np.ndarray:
+    r"""The posterior's density over that of the points, so that they count as draws of the posterior do.
+
+    A quadratic regressed on $\nabla \log p$ at draws of p has the mean and covariance of p, whatever its shape (Stein's
+    identity: $E[\nabla \log p] = 0$, $E[v \nabla \log p^T] = -1$); at other points only if $\log p$ is quadratic.
+    The ratio is tempered as far as it takes for half of the points to count.
+    """
+    of_points = logsumexp([_log_normal(u, *frame) for frame in frames], axis=0)
+    ratio = _log_normal(u, centre, root) - of_points
+    for temper in (1.0, 0.7, 0.5, 0.3, 0.1, 0.0):
+        counts = np.exp(temper * (ratio - ratio.max()))
+        if counts.sum() ** 2 > 0.5 * len(u) * np.sum(counts**2):
+            break
+    return counts / counts.mean()
+
+
+def _log_normal(u, centre, root) -> np.ndarray:
+    v = np.linalg.solve(root, (u - centre).T)
+    return -0.5 * (v**2).sum(0) - np.linalg.slogdet(root)[1]
+
+
+def _candidates(prior: Prior, centre, root, surface: Surface, generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points v of a t distribution about the posterior, and the logarithms of their weights."""
+    precision, mean = _prior_moments(prior)
+    dim, (slope, curvature) = prior.dim, surface.quadratic()
+    prior_part = root.T @ precision
+    values, vectors = np.linalg.eigh(curvature + prior_part @ root)
+    covariance = (vectors / np.maximum(values, 0.05)) @ vectors.T
+    at = covariance @ (slope + prior_part @ (mean - centre))
+    for _ in range(4):  # from the quadratic's own normal to the posterior's moments
+        scale = np.linalg.cholesky(covariance)
+        z = generator.standard_normal((n, dim)) / np.sqrt(generator.chisquare(TAIL, (n, 1)) / TAIL)
+        v = at + z @ scale.T
+        u = jnp.asarray(centre + v @ root.T, jnp.result_type(float))
+        log_weight = np.asarray(prior.log_prob_unconstrained(u), float) + surface(v)
+        log_weight += 0.5 * (TAIL + dim) * np.log1p((z**2).sum(1) / TAIL)
+        log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
+        temper, effective = 1.0, 0.0
+        while temper > 1e-3 and not effective > 10 * dim:
+            weight = np.exp(temper * log_weight - logsumexp(temper * log_weight))
+            effective, temper = 1 / np.sum(weight**2), temper / 2
+        at, covariance = weight @ v, np.atleast_2d(np.cov(v.T, aweights=weight)) + 1e-9 * np.eye(dim)
+    if temper < 0.5 or not np.isfinite(effective):
+        raise RuntimeError(
+            "The scores so far give no posterior that can be sampled: they are too noisy, or the log-likelihood is far "
+            "from quadratic. Try more n_turns, or start from draws of a first posterior (start=...)."
+        )
+    return v, log_weight
+
+
+def _prior_moments(prior: Prior) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and mean of the prior's u, as if it were normal: where candidates begin, nothing more."""
+    u = np.asarray(prior.to_unconstrained(prior.sample(jax.random.key(0), (4000,))), float)
+    return np.diag(1 / u.var(0)), u.mean(0)
+
+
+def _frame_of(prior: Prior, draws) -> tuple[np.ndarray, np.ndarray]:
+    draws = np.asarray(draws)
+    if draws.ndim != 2 or draws.shape[1] != prior.dim or len(draws) < prior.dim + 2:
+        raise ValueError(f"Expected start with at least {prior.dim + 2} draws, (n, {prior.dim}); got {draws.shape}.")
+    check_finite("start", draws)
+    prior.check(draws)
+    u = np.asarray(prior.to_unconstrained(jnp.asarray(draws)), float)
+    return u.mean(0), np.linalg.cholesky(np.atleast_2d(np.cov(u.T)))
+
+
+def _moments(theta: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    weight = np.exp(log_weight - logsumexp(log_weight))
+    mean = weight @ theta
+    return mean, np.sqrt(weight @ (theta - mean) ** 2)
+
+
+def _generator(key: Key) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))).tolist())
