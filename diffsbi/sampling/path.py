@@ -19,7 +19,7 @@ from diffsbi.sampling.surface import Surface, features, fit_surface
 from diffsbi.simulators.averaging import evaluator, quarter_turn
 from diffsbi.simulators.base import AbstractSimulator
 
-LEAST_ACCEPTANCE, MOST_STEPS = 0.6, 16
+LEAST_ACCEPTANCE, MOST_STEPS = 0.7, 16
 BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
 REFITS = 2  # of the surface after each round, each in the frame of the last
 CANDIDATES = 10_000
