@@ -1,10 +1,10 @@
 """How few gradients does a posterior take that is as good as the full field's? Path sampling against short chains.
 
 One simulated LSST-Y10 map. `path_posterior` takes marginal scores at more and more parameters and fits a log-likelihood
-to them: no simulation, no training. Each length and seed is compared by C2ST with the converged full-field chain. Beside
-it: chains on (theta, latents) that were stopped early, made smooth by the normal with their draws' moments in the
-prior's unconstrained space, and the power-spectrum posterior. A gradient is one of the joint, of one map, burn-in and
-warm-up included.
+to them: no simulation, no training. Each length and seed is compared by C2ST with the converged full-field chain.
+Beside it: chains on (theta, latents) that were stopped early, made smooth by the normal with their draws' moments in
+the prior's unconstrained space, and the power-spectrum posterior. A gradient is one of the joint, of one map, burn-in
+and warm-up included.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from experiments import command_line
 from experiments.curves import print_table
 from experiments.lensing import MERITS, MapConfig, about, begin, distances, merits, spectrum_proposal
 
-STAGES = ("observed", "reference", "spectrum")
+STAGES = ("observed", "reference", "spectrum", "fits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

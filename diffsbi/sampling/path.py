@@ -295,7 +295,9 @@ def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> Pa
     for _ in range(REFITS):
         v, in_frame = np.linalg.solve(root, (u - centre).T).T, scores @ root
         guess = np.eye(prior.dim) - root.T @ precision @ root
-        surface = fit_surface(v, in_frame, guess, degree, _counts(u, centre, root, frames))
+        surface = fit_surface(
+            v, in_frame, guess, degree, _counts(u, centre, root, frames) * acceptance / acceptance.mean()
+        )
         found, log_weight = _candidates(prior, centre, root, surface, np.random.default_rng(0), CANDIDATES)
         weight = np.exp(log_weight - logsumexp(log_weight))
         fitted = PathPosterior(prior, centre, root, surface, u, scores, acceptance, gradients)
