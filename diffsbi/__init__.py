@@ -3,7 +3,14 @@
 from diffsbi import _cache
 from diffsbi.inference import FMPE, NLE, NPE, NRE, gaussian_proposal, load_posterior, rounds, truncated_marginals
 from diffsbi.prior import Prior
-from diffsbi.sampling import Chains, full_field_posterior, load_chains, nuts, power_spectrum_posterior
+from diffsbi.sampling import (
+    Chains,
+    full_field_posterior,
+    load_chains,
+    nuts,
+    path_posterior,
+    power_spectrum_posterior,
+)
 from diffsbi.simulators import (
     AbstractSimulator,
     AbstractTransport,
@@ -38,6 +45,7 @@ __all__ = [
     "lotka_volterra",
     "lsst_y10",
     "nuts",
+    "path_posterior",
     "power_spectrum_posterior",
     "rounds",
     "truncated_marginals",

@@ -20,6 +20,7 @@ LONG = (
     "maps",
     "marginal_score",
     "misspecified",
+    "path",
     "sbibm_tasks",
     "score_noise",
     "scores_lensing",
@@ -43,7 +44,7 @@ def test_the_small_preset_runs_and_resumes(name, tmp_path, capsys):
     assert len(second) <= len(first)
     tables = [text[text.index("C2ST") :] for text in (first, second) if "C2ST" in text]
     assert len(set(tables)) <= 1, "a run that is resumed must print the same table"
-    if name.startswith(("scores_", "sbibm", "imnn", "fishnets", "compressors", "marginal")):
+    if name.startswith(("scores_", "sbibm", "imnn", "fishnets", "compressors", "marginal", "path")):
         figures = importlib.import_module(f"paper_figures.{name}").draw(tmp_path)
         assert figures and all(figure.axes for figure in (figures.values() if isinstance(figures, dict) else [figures]))
 

@@ -21,6 +21,7 @@ from diffsbi.simulators.base import AbstractSimulator
 
 LEAST_ACCEPTANCE, MOST_STEPS = 0.7, 16
 BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
+LEAST_ROUND = 6
 REFITS = 2  # of the surface after each round, each in the frame of the last
 CANDIDATES = 10_000
 TAIL = 6.0  # degrees of freedom of the candidates' t distribution
@@ -128,19 +129,19 @@ def path_posterior(
     Meng 1998, Stat. Sci. 13, 163). One Markov chain of the latents (quarter turns about a standard normal, Metropolis
     adjusted, ends and starts weighted by acceptance) goes with the parameters from point to point; at each, one turn
     lets it follow and `n_turns` are averaged. The log-likelihood is the quadratic in the prior's unconstrained space
-    whose gradients these scores are (`fit_surface`); the prior is exact. Points come in rounds of 2 p from the
-    posterior so far, so that later ones are where they matter.
+    whose gradients these scores are (`fit_surface`); the prior is exact. Points come in rounds of 2 p (six at
+    least) from the posterior so far, so that later ones are where they matter.
 
-    It needs no training, no simulation, and for lensing maps a tenth of the gradients of chains on (theta, latents) for
-    a posterior within 0.1 standard deviations of theirs. It is an approximation where they are exact: the
-    log-likelihood is quadratic (or cubic) in u, and the chain follows the path with a lag. Take `full_field_posterior`
-    to judge others by.
+    It needs neither simulations nor training, and far fewer gradients than chains on (theta, latents). It is an
+    approximation where they are exact: the log-likelihood is quadratic (or cubic) in u, and the chain follows the path
+    with a lag, which makes widths too small where it does not move (`PathPosterior.acceptance`). Take
+    `full_field_posterior` to judge others by.
 
     Args:
         sim: Any simulator of the protocol whose latents are near a standard normal in the coordinate `latents`.
         x: The observation, with the shape that the simulator draws.
         key: A typed JAX key.
-        n_points: The most points, in whole rounds of 2 p.
+        n_points: The most points, in whole rounds.
         n_turns: Quarter turns averaged at each.
         until_error: Stop once all means and standard deviations are known to so many standard deviations
             (`PathPosterior.error`); None to take all `n_points`.
@@ -158,9 +159,10 @@ def path_posterior(
             quadratic that no posterior can be had.
     """
     dim = sim.prior.dim
-    if n_points < 4 * dim or n_turns < 1 or (until_error is not None and not until_error > 0):
+    size = max(2 * dim, LEAST_ROUND)
+    if n_points < 2 * size or n_turns < 1 or (until_error is not None and not until_error > 0):
         got = f"n_points={n_points}, n_turns={n_turns}, until_error={until_error}"
-        raise ValueError(f"Expected n_points >= {4 * dim} (two rounds), n_turns >= 1 and until_error > 0; got {got}.")
+        raise ValueError(f"Expected n_points >= {2 * size} (two rounds), n_turns >= 1 and until_error > 0; got {got}.")
     if degree not in (2, 3):
         raise ValueError(f"Expected degree 2 or 3; got {degree}.")
     latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
@@ -178,9 +180,9 @@ def path_posterior(
     )
     kept: list[dict[str, np.ndarray]] = []
     posterior = None
-    with tqdm(total=n_points // (2 * dim) * 2 * dim, disable=not progress, desc="path", unit="point") as bar:
-        for k in range(n_points // (2 * dim)):
-            v = np.asarray(jax.random.normal(jax.random.fold_in(key_points, k), (2 * dim, dim)), float)
+    with tqdm(total=n_points // size * size, disable=not progress, desc="path", unit="point") as bar:
+        for k in range(n_points // size):
+            v = np.asarray(jax.random.normal(jax.random.fold_in(key_points, k), (size, dim)), float)
             record = _stored(store, k, walk)
             if record is None:
                 record = walk.round(k, centre + v @ root.T, n_turns)
@@ -190,7 +192,7 @@ def path_posterior(
             kept.append(record)
             posterior = _fitted(sim.prior, centre, root, kept, degree, walk.gradients)
             centre, root = posterior.centre, posterior.root
-            bar.update(2 * dim)
+            bar.update(size)
             bar.set_postfix(
                 gradients=posterior.gradients,
                 acceptance=f"{record['acceptance'].mean():.2f}",
@@ -340,7 +342,7 @@ def _candidates(prior: Prior, centre, root, surface: Surface, generator, n: int)
         z = generator.standard_normal((n, dim)) / np.sqrt(generator.chisquare(TAIL, (n, 1)) / TAIL)
         v = at + z @ scale.T
         u = jnp.asarray(centre + v @ root.T, jnp.result_type(float))
-        log_weight = np.asarray(prior.log_prob_unconstrained(u), float) + surface(v)
+        log_weight = np.asarray(_log_prior(prior, u), float) + surface(v)
         log_weight += 0.5 * (TAIL + dim) * np.log1p((z**2).sum(1) / TAIL)
         log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
         temper, effective = 1.0, 0.0
@@ -360,6 +362,11 @@ def _prior_moments(prior: Prior) -> tuple[np.ndarray, np.ndarray]:
     """Precision and mean of the prior's u, as if it were normal: where candidates begin, nothing more."""
     u = np.asarray(prior.to_unconstrained(prior.sample(jax.random.key(0), (4000,))), float)
     return np.diag(1 / u.var(0)), u.mean(0)
+
+
+@eqx.filter_jit
+def _log_prior(prior: Prior, u):
+    return prior.log_prob_unconstrained(u)
 
 
 def _frame_of(prior: Prior, draws) -> tuple[np.ndarray, np.ndarray]:
