@@ -23,6 +23,7 @@ LEAST_ACCEPTANCE, MOST_STEPS = 0.7, 16
 BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
 LEAST_ROUND = 6
 REFITS = 2  # of the surface after each round, each in the frame of the last
+MOST_MOVES = 12
 CANDIDATES = 10_000
 TAIL = 6.0  # degrees of freedom of the candidates' t distribution
 
@@ -229,20 +230,20 @@ class _Walk:
                 f"The score is not finite at {bad.sum()} of {len(points)} parameters of round {k}, such as {example}; "
                 "start from draws of a first posterior (start=...), or look at the simulator there."
             )
-        if acceptance.mean() < LEAST_ACCEPTANCE:
-            self._shorter()
+        self._shorter(acceptance.mean())
         return dict(u=points[~bad], scores=scores[~bad], acceptance=acceptance[~bad])
 
     def _burn_in(self, u: np.ndarray, key: Key) -> None:
         for i in range(2 * MOST_STEPS):
             _, acceptance = self._visit(u, jax.random.fold_in(key, i), BURN_IN, self.slack)
-            if i > 0 and acceptance > LEAST_ACCEPTANCE:
+            if i > 0 and not self._shorter(acceptance):
                 return
-            if i > 0:
-                self._shorter()
 
-    def _shorter(self) -> None:
-        self.state["n_steps"] = np.minimum(self.state["n_steps"] + 1, MOST_STEPS)
+    def _shorter(self, acceptance: float) -> bool:
+        """More and shorter steps if too few are accepted."""
+        more = int(acceptance < LEAST_ACCEPTANCE) + int(acceptance < LEAST_ACCEPTANCE - 0.2)
+        self.state["n_steps"] = np.minimum(self.state["n_steps"] + more, MOST_STEPS)
+        return more > 0
 
     def _visit(self, u, key, n_turns: int, slack: float) -> tuple[np.ndarray, float]:
         n_steps = int(self.state["n_steps"])
@@ -297,15 +298,20 @@ def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> Pa
     for _ in range(REFITS):
         v, in_frame = np.linalg.solve(root, (u - centre).T).T, scores @ root
         guess = np.eye(prior.dim) - root.T @ precision @ root
-        surface = fit_surface(
-            v, in_frame, guess, degree, _counts(u, centre, root, frames) * acceptance / acceptance.mean()
-        )
+        counts = _counts(u, centre, root, frames) * acceptance / acceptance.mean()
+        surface = _concave(fit_surface(v, in_frame, guess, degree, counts))
         found, log_weight = _candidates(prior, centre, root, surface, np.random.default_rng(0), CANDIDATES)
         weight = np.exp(log_weight - logsumexp(log_weight))
         fitted = PathPosterior(prior, centre, root, surface, u, scores, acceptance, gradients)
         mean, covariance = weight @ found, np.cov(found.T, aweights=weight)
         centre, root = centre + root @ mean, root @ np.linalg.cholesky(np.atleast_2d(covariance))
     return fitted
+
+
+def _concave(surface: Surface) -> Surface:
+    """The surface without positive second derivatives at its centre, which only noise gives it."""
+    values, vectors = np.linalg.eigh(surface.quadratic()[1])
+    return surface if values.min() >= 0 else surface.with_curvature((vectors * np.maximum(values, 0)) @ vectors.T)
 
 
 def _counts(u, centre, root, frames) -> np.ndarray:
@@ -337,20 +343,22 @@ def _candidates(prior: Prior, centre, root, surface: Surface, generator, n: int)
     values, vectors = np.linalg.eigh(curvature + prior_part @ root)
     covariance = (vectors / np.maximum(values, 0.05)) @ vectors.T
     at = covariance @ (slope + prior_part @ (mean - centre))
-    for _ in range(4):  # from the quadratic's own normal to the posterior's moments
-        scale = np.linalg.cholesky(covariance)
+    for _ in range(MOST_MOVES):  # from the quadratic's own normal to the posterior's moments
         z = generator.standard_normal((n, dim)) / np.sqrt(generator.chisquare(TAIL, (n, 1)) / TAIL)
-        v = at + z @ scale.T
+        v = at + z @ np.linalg.cholesky(covariance).T
         u = jnp.asarray(centre + v @ root.T, jnp.result_type(float))
         log_weight = np.asarray(_log_prior(prior, u), float) + surface(v)
         log_weight += 0.5 * (TAIL + dim) * np.log1p((z**2).sum(1) / TAIL)
         log_weight = np.where(np.isfinite(log_weight), log_weight, -np.inf)
-        temper, effective = 1.0, 0.0
-        while temper > 1e-3 and not effective > 10 * dim:
+        for temper in (1.0, 0.5, 0.2, 0.1, 0.03, 0.01):
             weight = np.exp(temper * log_weight - logsumexp(temper * log_weight))
-            effective, temper = 1 / np.sum(weight**2), temper / 2
+            effective = 1 / np.sum(weight**2)
+            if effective > 20 * dim:
+                break
+        if temper == 1 and effective > 0.3 * n:
+            break
         at, covariance = weight @ v, np.atleast_2d(np.cov(v.T, aweights=weight)) + 1e-9 * np.eye(dim)
-    if temper < 0.5 or not np.isfinite(effective):
+    if temper < 1 or not np.isfinite(effective):
         raise RuntimeError(
             "The scores so far give no posterior that can be sampled: they are too noisy, or the log-likelihood is far "
             "from quadratic. Try more n_turns, or start from draws of a first posterior (start=...)."

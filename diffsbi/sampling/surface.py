@@ -55,6 +55,15 @@ class Surface(NamedTuple):
                 curvature[more[0], i] -= c
         return slope, curvature
 
+    def with_curvature(self, curvature: np.ndarray) -> "Surface":
+        """The same with another curvature at v = 0."""
+        dim, coefficients = len(self.noise), self.coefficients.copy()
+        for k, term in enumerate(self.terms):
+            if (term < dim).sum() == 2:
+                i, j = term[:2]
+                coefficients[k] = -curvature[i, j] * (0.5 if i == j else 1.0)
+        return self._replace(coefficients=coefficients)
+
 
 def terms_to(degree: int, dim: int) -> np.ndarray:
     """The factors of all monomials of degree 1 to `degree`."""
@@ -130,10 +139,8 @@ def fit_surface(
         raise ValueError(f"Expected at least three gradients; got {n}.")
     terms = terms_to(degree, dim)
     order, design = _degree(v, terms), slopes(v, terms)
-    mean = np.zeros(len(terms))
-    for k in np.flatnonzero(order == 2):
-        i, j = terms[k, :2]
-        mean[k] = -curvature[i, j] * (0.5 if i == j else 1.0)
+    blank = Surface(terms, np.zeros(len(terms)), np.zeros((0, 0)), np.eye(dim), np.ones(n))
+    mean = blank.with_curvature(curvature).coefficients
     width = np.select([order == 1, order == 2], [SHIFT, CURVATURE], SKEW)
     times = np.ones(n) if counts is None else np.asarray(counts, float)
     noise, weights = np.eye(dim), times
