@@ -12,6 +12,7 @@ METHODS = {
     "npe": "NPE",
     "npe_score": "NPE with scores",
     "gaussian_field": "Gaussian field (NUTS)",
+    "path": "Path sampling",
     "full_field": "Full field",
 }
 REFERENCE = "full_field"

@@ -141,6 +141,16 @@ class GaussianField(_Section):
     n_draws: Count = 500
 
 
+class PathSampling(_Section):
+    """Marginal scores along a path of parameters; see `diffsbi.path_posterior`."""
+
+    n_points: Annotated[int, Field(ge=24)] = 192
+    n_turns: Count = 4
+    until_error: Positive | None = 0.1
+    degree: Annotated[int, Field(ge=2, le=3)] = 2
+    n_draws: Annotated[int, Field(ge=100)] = 4000
+
+
 class Compare(_Section):
     """Distances between the posteriors."""
 
@@ -160,6 +170,7 @@ class Config(_Section):
     flow: Flow = Flow()
     power_spectrum: PowerSpectrum = PowerSpectrum()
     gaussian_field: GaussianField = GaussianField()
+    path: PathSampling = PathSampling()
     full_field: FullField = FullField()
     compare: Compare = Compare()
 

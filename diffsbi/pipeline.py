@@ -20,14 +20,13 @@ from diffsbi.flows import FLOWS
 from diffsbi.observation import band_spectra, describe_units, parse_axis_order, read_map
 from diffsbi.runs import Run, start_run
 from diffsbi.simulators.lensing import LensingMaps, lsst_y10
-from diffsbi.store import Block, SimulationStore, create_store, open_store
+from diffsbi.store import TRAINING, Block, SimulationStore, bad_rows, create_store, open_store, training_rows
 
 STREAMS = (
     "observation", "compression", "simulations", "npe", "npe_score", "power_spectrum", "full_field", "compare",
-    "gaussian_field",
+    "gaussian_field", "path",
 )  # fmt: skip
-TRAINING = ("theta", "score", "statistics")
-FREE = ("simulations.max_nonfinite", "compare") + tuple(
+FREE = ("simulations.max_nonfinite", "compare", "path.n_points", "path.until_error", "path.n_draws") + tuple(
     f"full_field.{name}" for name in ("enabled", "max_rhat", "until_ess", "n_draws")
 )
 """Settings that may change in a run without changing what its stages have made."""
@@ -86,6 +85,12 @@ class Analysis:
         """NUTS on the exact likelihood of a Gaussian field with the same spectra."""
         work = functools.partial(self._baseline, "gaussian_field", sampling.gaussian_field_posterior, {})
         self.run.once("gaussian_field", functools.partial(work, self.observe()))
+
+    def path(self) -> None:
+        """The full-field posterior from some thousand gradients; goes on where more points are wanted."""
+        done, settings = self.run.finished("path") and self.run.account("path"), self.config.path
+        more = done and done["n_points"] < settings.n_points and done["error"] > (settings.until_error or 0)
+        self.run.once("path", functools.partial(self._path, self.observe()), more=bool(more))
 
     def full_field(self) -> None:
         """Markov chains on the joint of parameters and latents; goes on where more draws are wanted than there are."""
@@ -198,7 +203,7 @@ class Analysis:
 
     def _infer(self, method: str, x, compress, store, folder: Path) -> Mapping:
         settings = self.config.flow
-        rows = _training_rows(store, compress)
+        rows = training_rows(store, compress)
         left_out = store.n - len(rows["theta"])
         with_score = method == "npe_score"
         key_fit, key_sample = jax.random.split(self.run.key(method))
@@ -231,7 +236,7 @@ class Analysis:
 
     def _check_finite(self, store: SimulationStore) -> None:
         blocks = zip(store.blocks, store.iterate(TRAINING), strict=True)
-        bad = np.concatenate([block.start + _bad_rows(rows) for block, rows in blocks])
+        bad = np.concatenate([block.start + bad_rows(rows) for block, rows in blocks])
         allowed = self.config.simulations.max_nonfinite
         if len(bad) > allowed:
             first = int(bad[0])
@@ -266,6 +271,15 @@ class Analysis:
             **options,
         )
         return _save_chains(chains, folder)
+
+    def _path(self, x, folder: Path) -> Mapping:
+        settings, (key, key_sample) = self.config.path, jax.random.split(self.run.key("path"))
+        options = dict(folder=folder / "blocks", progress=self.progress) | settings.model_dump(exclude={"n_draws"})
+        found = sampling.path_posterior(self.sim, jnp.asarray(x), key, **options)
+        np.savez(folder / "samples.npz", theta=np.asarray(found.sample(key_sample, settings.n_draws))[None])
+        account = dict(gradients=found.gradients, error=found.error, n_points=settings.n_points)
+        advice = f"path sampling leaves errors of {found.error:.2f} standard deviations; raise path.n_points"
+        return account | {"warnings": [advice] * (found.error > (settings.until_error or np.inf))}
 
     def _full_field(self, x, folder: Path) -> Mapping:
         settings = self.config.full_field
@@ -337,21 +351,6 @@ def _over_rows(function: Callable, x):
     return jax.lax.map(function, x)
 
 
-def _bad_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Indices of the rows with a value that is not finite."""
-    finite = [np.isfinite(value.reshape(len(value), -1)).all(1) for value in rows.values()]
-    return np.flatnonzero(~np.all(finite, axis=0))
-
-
-def _training_rows(store: SimulationStore, compress) -> dict[str, np.ndarray]:
-    """theta, score and compressed statistics t of the finite simulations; of the statistics, one block is in memory."""
-    parts = []
-    for block in store.iterate(TRAINING):
-        rows = {name: np.delete(value, _bad_rows(block), axis=0) for name, value in block.items()}
-        parts.append({name: rows[name] for name in ("theta", "score")} | {"t": compress(rows["statistics"])})
-    return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}
-
-
 def _curve(history) -> dict:
     return {
         "train": history.train.tolist(),
@@ -395,6 +394,7 @@ STAGES: dict[str, tuple[str, str, Callable[[Analysis], object]]] = {
     "npe_score": ("neural posterior trained with scores", "npe_score", lambda analysis: analysis.infer("npe_score")),
     "power_spectrum": ("power-spectrum posterior (NUTS)", "power_spectrum", Analysis.power_spectrum),
     "gaussian_field": ("Gaussian-field posterior (NUTS)", "gaussian_field", Analysis.gaussian_field),
+    "path": ("full-field posterior by path sampling", "path", Analysis.path),
     "full_field": ("full-field posterior", "full_field", Analysis.full_field),
 }
 """What the command line shows of each stage: its title, its folder in the run, and how it is done."""

@@ -26,6 +26,7 @@ COLORS = {
     "npe": "#0072B2",
     "power_spectrum": "#009E73",
     "gaussian_field": "#CC79A7",
+    "path": "#E69F00",
 }
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BAND = "#CCE3F0"

@@ -16,7 +16,12 @@ from diffsbi._types import check_names
 
 FORMAT = {"format": "diffsbi simulations", "version": 1}
 
-__all__ = ["Block", "SimulationStore", "StoredArray", "create_store", "open_store"]
+TRAINING = ("theta", "score", "statistics")
+"""What estimators are trained on."""
+
+__all__ = [
+    "TRAINING", "Block", "SimulationStore", "StoredArray", "bad_rows", "create_store", "open_store", "training_rows",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,3 +260,18 @@ def _damaged(file: Path, why: str) -> str:
         f"The stored simulations in {file} are damaged (the file {why}). Delete that file and simulate again with "
         "the same command: only its block is made anew; the others stay as they are."
     )
+
+
+def bad_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Indices of the rows with a value that is not finite."""
+    finite = [np.isfinite(value.reshape(len(value), -1)).all(1) for value in rows.values()]
+    return np.flatnonzero(~np.all(finite, axis=0))
+
+
+def training_rows(store: SimulationStore, compress) -> dict[str, np.ndarray]:
+    """theta, score and compressed statistics t of the finite simulations; of the statistics, one block is in memory."""
+    parts = []
+    for block in store.iterate(TRAINING):
+        rows = {name: np.delete(value, bad_rows(block), axis=0) for name, value in block.items()}
+        parts.append({name: rows[name] for name in ("theta", "score")} | {"t": compress(rows["statistics"])})
+    return {name: np.concatenate([rows[name] for rows in parts]) for name in parts[0]}

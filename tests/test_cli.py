@@ -284,8 +284,28 @@ def test_a_finished_full_field_goes_on_where_more_is_wanted(toy, tmp_path):
     refused(call("hmc", "--config", toy, "--out", tmp_path / "new", "--sampler", "gibbs"), "Unknown sampler", "gibbs")
 
 
+def test_path_sampling_beside_the_chains_of_a_run(toy, tmp_path):
+    out = tmp_path / "run"
+    assert call("hmc", "--config", toy, "--out", out, "--quiet").exit_code == 0
+    few = call("path", "--out", out, "--quiet", "--set", "path.n_points=24", "--set", "path.until_error=0.001")
+    assert few.exit_code == 0, few.output
+    draws = load_npz(out / "path" / "samples.npz")["theta"]
+    assert draws.shape == (1, 4000, 2) and np.isfinite(draws).all()
+    manifest = json.loads((out / "manifest.json").read_text())
+    account = manifest["stages"]["path"]["account"]
+    assert account["gradients"] > 24 * 11 and account["error"] > 0.001
+    assert "raise path.n_points" in account["warnings"][0]
+    found = json.loads((out / "comparison.json").read_text())["methods"]
+    assert set(found) == {"path", "full_field"} and "Path sampling" in (out / "report.html").read_text()
+    assert call("path", "--out", out, "--quiet", "--set", "path.n_points=48").exit_code == 0
+    more = json.loads((out / "manifest.json").read_text())["stages"]["path"]["account"]
+    assert more["gradients"] > 1.7 * account["gradients"] and more["error"] < account["error"]
+    refused(call("path", "--out", out, "--set", "path.degree=3"), "another configuration", "path.degree")
+    refused(call("path", "--config", toy, "--out", tmp_path / "new", "--set", "path.degree=4"), "path.degree")
+
+
 def test_commands_on_folders_that_are_no_runs(tmp_path):
-    for command in ("compare", "report", "hmc"):
+    for command in ("compare", "report", "hmc", "path"):
         refused(call(command, "--out", tmp_path), "Expected a run folder", "manifest.json")
 
 

@@ -220,6 +220,17 @@ def test_scores_that_are_not_finite_are_left_out_and_named(x64):
     assert np.abs([row.mean for row in found.summary().values()] - mean).max() < 0.5 * sd.max()
 
 
+def test_a_surface_that_noise_bends_upwards_is_made_flat():
+    v = np.random.default_rng(6).standard_normal((9, 2))
+    surface = fit_surface(v, v @ np.diag([-1.0, 0.5]), np.eye(2))
+    assert np.linalg.eigvalsh(surface.quadratic()[1]).min() < -0.4
+    flat = path._concave(surface)
+    np.testing.assert_allclose(flat.quadratic()[1], np.diag([1.0, 0.0]), atol=0.02)
+    np.testing.assert_allclose(flat.quadratic()[0], surface.quadratic()[0])
+    good = fit_surface(v, quadratic(v), np.eye(2))
+    assert path._concave(good) is good
+
+
 @pytest.mark.slow
 def test_a_small_map_as_by_its_chain():
     sim = ds.lsst_y10(n_pix=16, side_deg=0.625)
