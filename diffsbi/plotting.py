@@ -210,7 +210,7 @@ def curves(
         axis.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
         axis.legend()
         places = list(range(len(ticks))) or sorted({row[1] for row in rows})
-        if ticks or (log_x and len(places) < 10):
+        if ticks or (log_x and len(places) < 10 and all(b > 1.1 * a for a, b in zip(places, places[1:], strict=False))):
             axis.set_xticks(places, ticks or [f"{x:g}" for x in places])
             axis.set_xticks([], minor=True)
     return figure

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def print_table(rows: list[dict], of: tuple[str, ...], value: str = "c2st") -> None:
+def print_table(rows: list[dict], of: tuple[str, ...], value: str = "c2st", digits: int = 3) -> None:
     """Mean and standard error over seeds: a line for each combination of the columns `of`, a column for each n."""
     sizes = sorted({row["n"] for row in rows})
     print(f"{'':36}" + "".join(f"{n:>15}" for n in sizes))
@@ -11,7 +11,8 @@ def print_table(rows: list[dict], of: tuple[str, ...], value: str = "c2st") -> N
         line = f"{' '.join(map(str, case)):36}"
         for n in sizes:
             values = [r[value] for r in rows if tuple(r[c] for c in of) == case and r["n"] == n]
-            line += f"{np.mean(values):7.3f} ± {standard_error(values):.3f}" if values else " " * 15
+            cell = f"{np.mean(values):.{digits}f} ± {standard_error(values):.{digits}f}" if values else ""
+            line += f"{cell:>15}"
         print(line)
 
 

@@ -67,7 +67,7 @@ def main(cfg: Config, out: Path) -> None:
     write_json(out / "distances.json", dict(rows=rows, spectrum=limit["c2st"], n_pix=cfg.n_pix, **about(sim)))
     for value, title in ({"gradients": "Gradients", "c2st": "C2ST against the full field"} | MERITS).items():
         print(f"\n{title}, mean and standard error over {cfg.seeds} seeds (n: points, or transitions of a chain)")
-        print_table(rows, ("method",), value)
+        print_table(rows, ("method",), value, 0 if value == "gradients" else 3)
     print(f"The power-spectrum posterior: {limit}")
 
 

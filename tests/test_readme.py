@@ -24,7 +24,7 @@ def test_examples_are_as_short_as_promised():
 
 def test_commands_exist():
     listed = CliRunner().invoke(app, ["--help"]).output
-    for command in set(re.findall(r"diffsbi (demo|simulate|infer|hmc|compare|report)", README)):
+    for command in set(re.findall(r"diffsbi (demo|simulate|infer|path|hmc|compare|report)", README)):
         assert command in listed
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in set(re.findall(r"make ([a-z-]+)", README)):
@@ -34,7 +34,7 @@ def test_commands_exist():
 def test_modules_of_the_figures_exist():
     root = Path(__file__).parents[1]
     modules = set(re.findall(r"(?:experiments|paper_figures)\.\w+", README))
-    assert len(modules) == 31
+    assert len(modules) == 33
     assert all((root / f"{module.replace('.', '/')}.py").is_file() for module in modules)
 
 
