@@ -146,6 +146,8 @@ def test_it_stops_when_it_knows_enough(x64):
     x = sim.draw(jax.random.key(4), 1).x[0]
     settings = dict(latents="white", n_points=120)
     rough, fine = (path_posterior(sim, x, jax.random.key(0), until_error=e, **settings) for e in (0.3, 0.05))
+    with pytest.warns(UserWarning, match=r"raise n_points \(12\)"):
+        path_posterior(sim, x, jax.random.key(0), until_error=1e-4, latents="white", n_points=12)
     assert len(rough.u) < len(fine.u) <= 120
     assert rough.error < 0.3 and fine.error < 0.05 and rough.gradients < fine.gradients
 
@@ -170,7 +172,7 @@ def test_an_interrupted_path_goes_on(x64, tmp_path, monkeypatch):
     assert rounds == [2, 3] and again.gradients == whole.gradients
     np.testing.assert_array_equal(again.scores, whole.scores)
     np.testing.assert_array_equal(again.surface.coefficients, whole.surface.coefficients)
-    with pytest.raises(ValueError, match="inputs"):
+    with pytest.raises(ValueError, match="data_start_and_key"):
         path_posterior(sim, x + 1, jax.random.key(0), folder=tmp_path, **settings)
 
 
@@ -229,6 +231,15 @@ def test_a_surface_that_noise_bends_upwards_is_made_flat():
     np.testing.assert_allclose(flat.quadratic()[0], surface.quadratic()[0])
     good = fit_surface(v, quadratic(v), np.eye(2))
     assert path._concave(good) is good
+
+
+def test_latents_that_hardly_move_are_told(x64):
+    """Likelihoods too narrow, and far too narrow, for quarter turns about a standard normal in white latents."""
+    x = ds.linear_gaussian(dim=2, n_latents=3, n_data=8, noise=0.1, seed=3).draw(jax.random.key(4), 1).x[0]
+    for noise, error, message in ((0.3, UserWarning, "lag behind the path"), (0.1, RuntimeError, "did not move")):
+        sim = ds.linear_gaussian(dim=2, n_latents=3, n_data=8, noise=noise, seed=3)
+        with pytest.warns(error, match=message) if error is UserWarning else pytest.raises(error, match=message):
+            path_posterior(sim, x, jax.random.key(0), latents="white", n_points=12, until_error=None)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ r"""The full-field posterior from marginal scores along a path of parameters: a 
 
 import functools
 import math
+import warnings
 from typing import NamedTuple
 
 import equinox as eqx
@@ -19,7 +20,7 @@ from diffsbi.sampling.surface import Surface, features, fit_surface
 from diffsbi.simulators.averaging import evaluator, quarter_turn
 from diffsbi.simulators.base import AbstractSimulator
 
-LEAST_ACCEPTANCE, MOST_STEPS = 0.7, 16
+LEAST_ACCEPTANCE, LOW_ACCEPTANCE, MOST_STEPS = 0.7, 0.3, 16
 BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
 LEAST_ROUND = 6
 REFITS = 2  # of the surface after each round, each in the frame of the last
@@ -175,7 +176,9 @@ def path_posterior(
     # What is kept is this path's only as long as everything that it depends on is the same.
     where = array_digest(*(np.asarray(a, np.float32) for a in (x, centre, root)), np.asarray(jax.random.key_data(key)))
     store = (
-        BlockStore(folder, dict(sampler="path", n_turns=n_turns, degree=degree, latents=latents, inputs=where))
+        BlockStore(
+            folder, dict(sampler="path", n_turns=n_turns, degree=degree, latents=latents, data_start_and_key=where)
+        )
         if folder
         else None
     )
@@ -194,14 +197,25 @@ def path_posterior(
             posterior = _fitted(sim.prior, centre, root, kept, degree, walk.gradients)
             centre, root = posterior.centre, posterior.root
             bar.update(size)
-            bar.set_postfix(
-                gradients=posterior.gradients,
-                acceptance=f"{record['acceptance'].mean():.2f}",
-                error=f"{posterior.error:.2f}",
-            )
-            if k > 0 and until_error is not None and posterior.error < until_error:
+            error, acceptance = posterior.error, record["acceptance"].mean()
+            bar.set_postfix(gradients=posterior.gradients, acceptance=f"{acceptance:.2f}", error=f"{error:.2f}")
+            if k > 0 and until_error is not None and error < until_error:
                 break
+    _warn_of(posterior, until_error, f"raise n_points ({n_points}) or n_turns ({n_turns})", latents)
     return posterior
+
+
+def _warn_of(posterior: PathPosterior, until_error: float | None, advice: str, latents: str) -> None:
+    if until_error is not None and posterior.error > until_error:
+        message = f"Means or widths have errors of {posterior.error:.2f} standard deviations: {advice}."
+        warnings.warn(message, stacklevel=3)
+    share = posterior.acceptance.mean()
+    if share < LOW_ACCEPTANCE:
+        warnings.warn(
+            f"The latents accepted {share:.0%} of their moves and lag behind the path: widths may be too small. Try "
+            f"other latents than {latents!r}, or `full_field_posterior`.",
+            stacklevel=3,
+        )
 
 
 class _Walk:
@@ -229,6 +243,12 @@ class _Walk:
             raise RuntimeError(
                 f"The score is not finite at {bad.sum()} of {len(points)} parameters of round {k}, such as {example}; "
                 "start from draws of a first posterior (start=...), or look at the simulator there."
+            )
+        if not acceptance[~bad].max() > 0:
+            raise RuntimeError(
+                f"The latents did not move at any parameters of round {k}, in steps of a quarter turn over "
+                f"{int(self.state['n_steps'])}: they are far from a standard normal in the coordinate "
+                f"{self.latents!r}. Choose another, or sample with `full_field_posterior`."
             )
         self._shorter(acceptance.mean())
         return dict(u=points[~bad], scores=scores[~bad], acceptance=acceptance[~bad])
