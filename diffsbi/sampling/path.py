@@ -24,6 +24,7 @@ LEAST_ACCEPTANCE, LOW_ACCEPTANCE, MOST_STEPS = 0.7, 0.3, 16
 BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
 LEAST_ROUND = 6
 REFITS = 2  # of the surface after each round, each in the frame of the last
+MOST_SHIFT, MOST_WIDENING = 3.0, 1.5  # from one round to the next, in standard deviations of the first
 MOST_MOVES = 12
 CANDIDATES = 10_000
 TAIL = 6.0  # degrees of freedom of the candidates' t distribution
@@ -314,7 +315,7 @@ def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> Pa
     """The surface through all scores so far, in the frame of the posterior that it gives."""
     u, scores, acceptance = (np.concatenate([r[name] for r in kept]) for name in ("u", "scores", "acceptance"))
     precision, _ = _prior_moments(prior)
-    frames = [(r["centre"], r["root"]) for r in kept]
+    frames, start = [(r["centre"], r["root"]) for r in kept], (centre, root)
     for _ in range(REFITS):
         v, in_frame = np.linalg.solve(root, (u - centre).T).T, scores @ root
         guess = np.eye(prior.dim) - root.T @ precision @ root
@@ -323,9 +324,20 @@ def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> Pa
         found, log_weight = _candidates(prior, centre, root, surface, np.random.default_rng(0), CANDIDATES)
         weight = np.exp(log_weight - logsumexp(log_weight))
         fitted = PathPosterior(prior, centre, root, surface, u, scores, acceptance, gradients)
-        mean, covariance = weight @ found, np.cov(found.T, aweights=weight)
-        centre, root = centre + root @ mean, root @ np.linalg.cholesky(np.atleast_2d(covariance))
+        mean, covariance = weight @ found, np.atleast_2d(np.cov(found.T, aweights=weight))
+        centre, root = _near(start, centre + root @ mean, root @ np.linalg.cholesky(covariance))
     return fitted
+
+
+def _near(start, centre, root) -> tuple[np.ndarray, np.ndarray]:
+    """The frame, not too far from that at the `start` nor too wide: a few noisy scores may suggest anything."""
+    centre_0, root_0 = start
+    shift = np.linalg.solve(root_0, centre - centre_0)
+    relative = np.linalg.solve(root_0, root)
+    values, vectors = np.linalg.eigh(relative @ relative.T)
+    bounded = (vectors * np.minimum(values, MOST_WIDENING**2)) @ vectors.T
+    centre = centre_0 + root_0 @ shift * min(1.0, MOST_SHIFT / np.linalg.norm(shift))
+    return centre, root_0 @ np.linalg.cholesky(bounded)
 
 
 def _concave(surface: Surface) -> Surface:
