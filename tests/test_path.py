@@ -157,17 +157,17 @@ def test_an_interrupted_path_goes_on(x64, tmp_path, monkeypatch):
     x = sim.draw(jax.random.key(4), 1).x[0]
     settings = dict(latents="white", n_points=24, until_error=None)
     whole = path_posterior(sim, x, jax.random.key(0), **settings)
-    walk, rounds = path._Walk.round, []
+    walk, rounds = path.Walk.round, []
 
     def interrupted(self, k, *rest):
         if k == 2:
             raise KeyboardInterrupt
         return walk(self, k, *rest)
 
-    monkeypatch.setattr(path._Walk, "round", interrupted)
+    monkeypatch.setattr(path.Walk, "round", interrupted)
     with pytest.raises(KeyboardInterrupt):
         path_posterior(sim, x, jax.random.key(0), folder=tmp_path, **settings)
-    monkeypatch.setattr(path._Walk, "round", lambda self, k, *rest: rounds.append(k) or walk(self, k, *rest))
+    monkeypatch.setattr(path.Walk, "round", lambda self, k, *rest: rounds.append(k) or walk(self, k, *rest))
     again = path_posterior(sim, x, jax.random.key(0), folder=tmp_path, **settings)
     assert rounds == [2, 3] and again.gradients == whole.gradients
     np.testing.assert_array_equal(again.scores, whole.scores)

@@ -1,7 +1,5 @@
 r"""The full-field posterior from marginal scores along a path of parameters: a log-likelihood from its gradients."""
 
-import functools
-import math
 import warnings
 from typing import NamedTuple
 
@@ -17,11 +15,10 @@ from diffsbi.prior import Prior
 from diffsbi.sampling.blocks import BlockStore, array_digest
 from diffsbi.sampling.full_field import observed, starting_frame
 from diffsbi.sampling.surface import Surface, features, fit_surface
-from diffsbi.simulators.averaging import evaluator, quarter_turn
+from diffsbi.sampling.walk import Walk
 from diffsbi.simulators.base import AbstractSimulator
 
-LEAST_ACCEPTANCE, LOW_ACCEPTANCE, MOST_STEPS = 0.7, 0.3, 16
-BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
+LOW_ACCEPTANCE = 0.3
 LEAST_ROUND = 6
 REFITS = 2  # of the surface after each round, each in the frame of the last
 MOST_SHIFT, MOST_WIDENING = 3.0, 1.5  # from one round to the next, in standard deviations of the first
@@ -173,7 +170,7 @@ def path_posterior(
     x, shape = observed(sim, x)
     centre, root = starting_frame(sim, x) if start is None else _frame_of(sim.prior, start)
     key_xi, key_points, key_chain = jax.random.split(check_key(key), 3)
-    walk = _Walk(sim, x, jax.random.normal(key_xi, shape, x.dtype), key_chain, latents)
+    walk = Walk(sim, x, jax.random.normal(key_xi, shape, x.dtype), key_chain, latents)
     # What is kept is this path's only as long as everything that it depends on is the same.
     where = array_digest(*(np.asarray(a, np.float32) for a in (x, centre, root)), np.asarray(jax.random.key_data(key)))
     store = (
@@ -219,89 +216,7 @@ def _warn_of(posterior: PathPosterior, until_error: float | None, advice: str, l
         )
 
 
-class _Walk:
-    """The chain of latents that goes with theta; `state` is all that a later round depends on."""
-
-    def __init__(self, sim, x, xi, key, latents: str):
-        self.sim, self.x, self.key, self.latents = sim, x, key, latents
-        self.slack = 10 + 0.1 * math.sqrt(xi.size)  # far beyond what good steps lose in so many dimensions
-        self.state = dict(xi=xi, n_steps=np.asarray(2), gradients=np.asarray(0))
-
-    @property
-    def gradients(self) -> int:
-        return int(self.state["gradients"])
-
-    def round(self, k: int, points: np.ndarray, n_turns: int) -> dict[str, np.ndarray]:
-        """Scores at the points of round k; the chain is brought to the first round's mean before it."""
-        key = jax.random.fold_in(self.key, k)
-        if k == 0:
-            self._burn_in(points.mean(0), jax.random.fold_in(key, len(points)))
-        rows = [self._visit(u, jax.random.fold_in(key, i), n_turns, 0.0) for i, u in enumerate(points)]
-        scores, acceptance = np.stack([row[0] for row in rows]), np.asarray([row[1] for row in rows])
-        bad = ~np.isfinite(scores).all(1)
-        if bad.mean() > 0.5:
-            example = np.asarray(self.sim.prior.from_unconstrained(jnp.asarray(points[bad][0]))).tolist()
-            raise RuntimeError(
-                f"The score is not finite at {bad.sum()} of {len(points)} parameters of round {k}, such as {example}; "
-                "start from draws of a first posterior (start=...), or look at the simulator there."
-            )
-        if not acceptance[~bad].max() > 0:
-            raise RuntimeError(
-                f"The latents did not move at any parameters of round {k}, in steps of a quarter turn over "
-                f"{int(self.state['n_steps'])}: they are far from a standard normal in the coordinate "
-                f"{self.latents!r}. Choose another, or sample with `full_field_posterior`."
-            )
-        self._shorter(acceptance.mean())
-        return dict(u=points[~bad], scores=scores[~bad], acceptance=acceptance[~bad])
-
-    def _burn_in(self, u: np.ndarray, key: Key) -> None:
-        for i in range(2 * MOST_STEPS):
-            _, acceptance = self._visit(u, jax.random.fold_in(key, i), BURN_IN, self.slack)
-            if i > 0 and not self._shorter(acceptance):
-                return
-
-    def _shorter(self, acceptance: float) -> bool:
-        """More and shorter steps if too few are accepted."""
-        more = int(acceptance < LEAST_ACCEPTANCE) + int(acceptance < LEAST_ACCEPTANCE - 0.2)
-        self.state["n_steps"] = np.minimum(self.state["n_steps"] + more, MOST_STEPS)
-        return more > 0
-
-    def _visit(self, u, key, n_turns: int, slack: float) -> tuple[np.ndarray, float]:
-        n_steps = int(self.state["n_steps"])
-        u, xi = jnp.asarray(u, self.x.dtype), jnp.asarray(self.state["xi"])
-        counts = (jnp.asarray(n_steps), jnp.asarray(n_turns), jnp.asarray(self.slack), jnp.asarray(slack))
-        new, score, acceptance = _visit(self.sim, self.x, u, xi, key, *counts, latents=self.latents)
-        if bool(jnp.isfinite(score).all()):
-            self.state["xi"] = new
-        self.state["gradients"] = self.state["gradients"] + 1 + 2 * n_steps * (n_turns + 1)
-        return np.asarray(score, float), float(acceptance)
-
-
-@eqx.filter_jit
-def _visit(sim, x, u, xi, key, n_steps, n_turns, slack_at_first, slack, *, latents):
-    """The latents after, and the mean score over, `n_turns` turns at u; the turn before them is not counted."""
-    setup, pull_back = jax.vjp(lambda u: sim.setup(sim.prior.from_unconstrained(u)), u)
-    evaluate = functools.partial(evaluator(sim, x, latents), setup)
-    key_first, key = jax.random.split(key)
-    state, _, _ = quarter_turn(evaluate, evaluate(xi), key_first, n_steps, slack_at_first)
-
-    def turn(k, carry):
-        state, total, accepted = carry
-        after, end, acceptance = quarter_turn(evaluate, state, jax.random.fold_in(key, k), n_steps, slack)
-
-        def add(total, end, start):  # what was proposed counts as often as it would be accepted
-            return total + jnp.where(acceptance > 0, acceptance * end, 0) + (1 - acceptance) * start
-
-        total = jax.tree.map(add, total, end.slope_of_setup, state.slope_of_setup)
-        return after, total, accepted + acceptance
-
-    start = (state, jax.tree.map(jnp.zeros_like, state.slope_of_setup), jnp.zeros_like(state.value))
-    state, total, accepted = jax.lax.fori_loop(0, n_turns, turn, start)
-    (score,) = pull_back(jax.tree.map(lambda a: a / n_turns, total))
-    return state.xi, score, accepted / n_turns
-
-
-def _stored(store: BlockStore | None, k: int, walk: _Walk) -> dict[str, np.ndarray] | None:
+def _stored(store: BlockStore | None, k: int, walk: Walk) -> dict[str, np.ndarray] | None:
     """Round k of a former run, the walk brought to its end; None where there is none."""
     record = store.read(0, k) if store else None
     state = store.read_state(0, k, walk.state) if store and record is not None else None
