@@ -173,13 +173,8 @@ def path_posterior(
     walk = Walk(sim, x, jax.random.normal(key_xi, shape, x.dtype), key_chain, latents)
     # What is kept is this path's only as long as everything that it depends on is the same.
     where = array_digest(*(np.asarray(a, np.float32) for a in (x, centre, root)), np.asarray(jax.random.key_data(key)))
-    store = (
-        BlockStore(
-            folder, dict(sampler="path", n_turns=n_turns, degree=degree, latents=latents, data_start_and_key=where)
-        )
-        if folder
-        else None
-    )
+    about = dict(sampler="path", n_turns=n_turns, degree=degree, latents=latents, data_start_and_key=where)
+    store = BlockStore(folder, about) if folder else None
     kept: list[dict[str, np.ndarray]] = []
     posterior = None
     with tqdm(total=n_points // size * size, disable=not progress, desc="path", unit="point") as bar:
