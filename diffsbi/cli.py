@@ -4,7 +4,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,11 +125,9 @@ def hmc(
     quiet: Quiet = False,
 ) -> None:
     """Full-field posterior, of a new run or (with --out and no --config) of the run that is there."""
-    there = _is_there(out, config, observation, axis_order, seed, settings)
-    chosen = [f"full_field.sampler={sampler}"] * (sampler is not None)
-    chosen += [f"full_field.until_ess={until_ess}"] * (until_ess is not None)
-    settings = [*(settings or []), *chosen]
-    analysis = _begin(config, out, observation, axis_order, seed, settings, quiet, there=there)
+    chosen: dict[str, Any] = {} if sampler is None else {"full_field.sampler": sampler}
+    chosen |= {} if until_ess is None else {"full_field.until_ess": until_ess}
+    analysis = _begin(config, out, observation, axis_order, seed, settings, quiet, new=False, chosen=chosen)
     _work(analysis, ["observe", *["power_spectrum", "gaussian_field"] * baselines, "full_field"])
     _conclude(analysis)
 
@@ -146,8 +144,7 @@ def path(
     quiet: Quiet = False,
 ) -> None:
     """Full-field posterior in about a minute, by path sampling; runs as for `hmc`, which is the yardstick."""
-    there = _is_there(out, config, observation, axis_order, seed, settings)
-    analysis = _begin(config, out, observation, axis_order, seed, settings, quiet, there=there)
+    analysis = _begin(config, out, observation, axis_order, seed, settings, quiet, new=False)
     _work(analysis, ["observe", "path"])
     _conclude(analysis)
 
@@ -180,8 +177,8 @@ def _is_there(out, config, observation, *others) -> bool:
     return begun or (out is not None and not any((config, observation, *others)))
 
 
-def _begin(config, out, observation, axis_order, seed, settings, quiet, *, there=False):
-    """Open a run; of `there`, a run that exists, its own configuration is changed."""
+def _begin(config, out, observation, axis_order, seed, settings, quiet, *, new=True, chosen: Mapping | None = None):
+    """Open a run; unless it must be `new`, with the configuration of the run that is there. `chosen` prevails."""
     from diffsbi import pipeline
     from diffsbi.config import load_config, parse_config
     from diffsbi.runs import open_run
@@ -190,6 +187,8 @@ def _begin(config, out, observation, axis_order, seed, settings, quiet, *, there
     overrides |= {} if seed is None else {"seed": seed}
     overrides |= {} if observation is None else {"observation.file": str(observation)}
     overrides |= {} if axis_order is None else {"observation.axis_order": axis_order}
+    there = not new and _is_there(out, config, observation, axis_order, seed, settings)
+    overrides |= chosen or {}
     begun = dict(open_run(out).config) if there else {}
     resolved = parse_config(begun, overrides) if config is None else load_config(config, overrides)
     folder = Path("runs", resolved.name) if out is None else out
