@@ -278,8 +278,8 @@ class Analysis:
         found = sampling.path_posterior(self.sim, jnp.asarray(x), key, **options)
         np.savez(folder / "samples.npz", theta=np.asarray(found.sample(key_sample, settings.n_draws))[None])
         account = dict(gradients=found.gradients, error=found.error, n_points=settings.n_points)
-        advice = f"path sampling leaves errors of {found.error:.2f} standard deviations; raise path.n_points"
-        return account | {"warnings": [advice] * (found.error > (settings.until_error or np.inf))}
+        advice = f"path sampling leaves errors of {account['error']:.2f} standard deviations; raise path.n_points"
+        return account | {"warnings": [advice] * (account["error"] > (settings.until_error or np.inf))}
 
     def _full_field(self, x, folder: Path) -> Mapping:
         settings = self.config.full_field

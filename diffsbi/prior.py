@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import Distribution, biject_to, constraints
 
-from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
+from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names, check_trailing
 
 
 class Prior(eqx.Module):
@@ -107,6 +107,25 @@ class Prior(eqx.Module):
             bad = ~(np.asarray(d.support(jnp.asarray(values))) & np.isfinite(values))
             if bad.any():
                 raise ValueError(f"Expected {name} inside the prior's support {d.support}; got {values[bad][0]}.")
+
+    def unconstrained_moments(self, theta: Float[Array, "n p"], what: str = "theta") -> tuple[np.ndarray, np.ndarray]:
+        """Mean `(p,)` and covariance `(p, p)` of u over draws of some posterior, which messages call `what`.
+
+        Raises:
+            ValueError: Draws of the wrong shape, too few of them, not finite or outside the prior.
+        """
+        draws = np.asarray(theta)
+        if draws.ndim != 2 or draws.shape[1] != self.dim or len(draws) < self.dim + 2:
+            raise ValueError(f"Expected {what} with at least {self.dim + 2} draws, (n, {self.dim}); got {draws.shape}.")
+        check_finite(what, draws)
+        self.check(draws)
+        u = np.asarray(self.to_unconstrained(jnp.asarray(draws)), float)
+        return u.mean(0), np.atleast_2d(np.cov(u.T))
+
+    def unconstrained_spread(self, n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of u, `(p,)` each, of `n` draws that are always the same: for scales only."""
+        u = np.asarray(self.to_unconstrained(self.sample(jax.random.key(0), (n,))), float)
+        return u.mean(0), u.std(0)
 
     def marginal(self, names: Sequence[str]) -> "Prior":
         """The prior of some of the parameters."""

@@ -187,3 +187,23 @@ def test_shape_errors_name_both_shapes(prior):
     for method in (prior.log_prob, prior.to_unconstrained, prior.from_unconstrained):
         with pytest.raises(ValueError, match=r"trailing shape \(5,\); got \(4,\)"):
             method(jnp.ones(4))
+
+
+def test_moments_in_unconstrained_space_are_those_of_draws():
+    prior = Prior({"a": dist.LogNormal(0.3, 0.2), "b": dist.Normal(-1.0, 2.0)})
+    theta = prior.sample(jax.random.key(0), (20_000,))
+    mean, covariance = prior.unconstrained_moments(theta)
+    true_mean, true_sd = np.array([0.3, -1.0]), np.array([0.2, 2.0])
+    in_widths = covariance / np.outer(true_sd, true_sd)
+    assert np.abs((mean - true_mean) / true_sd).max() < 5 / np.sqrt(20_000)
+    assert np.abs(in_widths - np.eye(2)).max() < 5 * np.sqrt(2 / 20_000)
+    mean, sd = prior.unconstrained_spread()
+    assert np.abs((mean - true_mean) / true_sd).max() < 5 / np.sqrt(4000)
+    assert np.abs(sd / true_sd - 1).max() < 5 / np.sqrt(2 * 4000)
+    for bad, message in (
+        (theta[:3], r"start with at least 4 draws, \(n, 2\); got \(3, 2\)"),
+        (theta.at[1, 0].set(jnp.nan), "finite start"),
+        (theta.at[1, 0].set(-1.0), "Expected a inside"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prior.unconstrained_moments(bad, "start")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.prior import Prior
 
 
@@ -50,16 +50,11 @@ def gaussian_proposal(prior, theta: Float[Array, "n p"], widen: float = 1.25) ->
         ValueError: Draws of the wrong shape, too few of them, not finite or outside the prior; widen not positive.
     """
     prior = prior if isinstance(prior, Prior) else prior.prior
-    draws = np.asarray(theta)
-    if draws.ndim != 2 or draws.shape[1] != prior.dim or len(draws) < prior.dim + 2:
-        raise ValueError(f"Expected at least {prior.dim + 2} draws, (n, {prior.dim}); got {draws.shape}.")
     if not (np.isfinite(widen) and widen > 0):
         raise ValueError(f"Expected widen > 0; got {widen}.")
-    check_finite("theta", draws)
-    prior.check(draws)
-    u = np.asarray(prior.to_unconstrained(jnp.asarray(draws)), float)
-    root = widen * np.linalg.cholesky(np.cov(u.T).reshape(prior.dim, prior.dim))
-    return GaussianProposal(prior, *(jnp.asarray(a, jnp.result_type(float)) for a in (u.mean(0), root)))
+    mean, covariance = prior.unconstrained_moments(theta)
+    root = widen * np.linalg.cholesky(covariance)
+    return GaussianProposal(prior, *(jnp.asarray(a, jnp.result_type(float)) for a in (mean, root)))
 
 
 class Proposals(eqx.Module):

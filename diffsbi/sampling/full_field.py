@@ -139,7 +139,10 @@ def observed(sim: AbstractSimulator, x) -> tuple[Array, tuple[int, ...]]:
 
 def starting_frame(sim: AbstractSimulator, x: Array) -> tuple[np.ndarray, np.ndarray]:
     """Centre and root of a first guess in unconstrained space: the Gaussian-field posterior of maps, else the prior."""
-    return approximate_posterior(sim, x) if isinstance(sim, LensingMaps) else _prior_spread(sim)
+    if isinstance(sim, LensingMaps):
+        return approximate_posterior(sim, x)
+    mean, sd = sim.prior.unconstrained_spread()
+    return mean, np.diag(sd)
 
 
 def _latent_starts(sim, target: FullFieldTarget, v, key, shape) -> Array:
@@ -155,8 +158,3 @@ def _latent_starts(sim, target: FullFieldTarget, v, key, shape) -> Array:
 def _starts(sim, key, n_chains: int, target: FullFieldTarget) -> Array:
     u = sim.prior.to_unconstrained(sim.prior.sample(key, (n_chains,)))
     return jax.vmap(lambda one: jnp.linalg.solve(target.root, one - target.centre))(u)
-
-
-def _prior_spread(sim) -> tuple[np.ndarray, np.ndarray]:
-    u = sim.prior.to_unconstrained(sim.prior.sample(jax.random.key(0), (4000,)))
-    return np.asarray(u.mean(0)), np.diag(np.asarray(u.std(0)))

@@ -156,8 +156,8 @@ def approximate_posterior(sim: LensingMaps, x, n_steps: int = 25) -> tuple[np.nd
 
 def _peak(likelihood: GaussianFieldLikelihood, n_steps: int = 25) -> tuple[np.ndarray, np.ndarray]:
     prior = likelihood.sim.prior
-    spread = prior.to_unconstrained(prior.sample(jax.random.key(0), (4000,)))
-    mean, precision = np.asarray(spread.mean(0), float), np.diag(1 / np.asarray(spread.var(0), float))
+    mean, sd = prior.unconstrained_spread()
+    precision = np.diag(sd**-2)
     u = np.asarray(prior.to_unconstrained(prior.fiducial), float)
     jacobian = jax.jit(jax.jacfwd(prior.from_unconstrained))
     best = (-np.inf, u, precision)

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import logsumexp
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.prior import Prior
 from diffsbi.sampling.blocks import BlockStore, array_digest
 from diffsbi.sampling.full_field import observed, starting_frame
@@ -194,13 +194,13 @@ def path_posterior(
             bar.set_postfix(gradients=posterior.gradients, acceptance=f"{acceptance:.2f}", error=f"{error:.2f}")
             if k > 0 and until_error is not None and error < until_error:
                 break
-    _warn_of(posterior, until_error, f"raise n_points ({n_points}) or n_turns ({n_turns})", latents)
+    _warn_of(posterior, error, until_error, f"raise n_points ({n_points}) or n_turns ({n_turns})", latents)
     return posterior
 
 
-def _warn_of(posterior: PathPosterior, until_error: float | None, advice: str, latents: str) -> None:
-    if until_error is not None and posterior.error > until_error:
-        message = f"Means or widths have errors of {posterior.error:.2f} standard deviations: {advice}."
+def _warn_of(posterior: PathPosterior, error: float, until_error: float | None, advice: str, latents: str) -> None:
+    if until_error is not None and error > until_error:
+        message = f"Means or widths have errors of {error:.2f} standard deviations: {advice}."
         warnings.warn(message, stacklevel=3)
     share = posterior.acceptance.mean()
     if share < LOW_ACCEPTANCE:
@@ -224,11 +224,11 @@ def _stored(store: BlockStore | None, k: int, walk: Walk) -> dict[str, np.ndarra
 def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> PathPosterior:
     """The surface through all scores so far, in the frame of the posterior that it gives."""
     u, scores, acceptance = (np.concatenate([r[name] for r in kept]) for name in ("u", "scores", "acceptance"))
-    precision, _ = _prior_moments(prior)
+    _, sd = prior.unconstrained_spread()
     frames, start = [(r["centre"], r["root"]) for r in kept], (centre, root)
     for _ in range(REFITS):
         v, in_frame = np.linalg.solve(root, (u - centre).T).T, scores @ root
-        guess = np.eye(prior.dim) - root.T @ precision @ root
+        guess = np.eye(prior.dim) - root.T @ (root / sd[:, None] ** 2)
         counts = _counts(u, centre, root, frames) * acceptance / acceptance.mean()
         surface = _concave(fit_surface(v, in_frame, guess, degree, counts))
         found, log_weight = _candidates(prior, centre, root, surface, np.random.default_rng(0), CANDIDATES)
@@ -279,9 +279,9 @@ def _log_normal(u, centre, root) -> np.ndarray:
 
 def _candidates(prior: Prior, centre, root, surface: Surface, generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Points v of a t distribution about the posterior, and the logarithms of their weights."""
-    precision, mean = _prior_moments(prior)
+    mean, sd = prior.unconstrained_spread()  # the prior as if it were normal: where candidates begin, nothing more
     dim, (slope, curvature) = prior.dim, surface.quadratic()
-    prior_part = root.T @ precision
+    prior_part = root.T / sd**2
     values, vectors = np.linalg.eigh(curvature + prior_part @ root)
     covariance = (vectors / np.maximum(values, 0.05)) @ vectors.T
     at = covariance @ (slope + prior_part @ (mean - centre))
@@ -308,25 +308,14 @@ def _candidates(prior: Prior, centre, root, surface: Surface, generator, n: int)
     return v, log_weight
 
 
-def _prior_moments(prior: Prior) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and mean of the prior's u, as if it were normal: where candidates begin, nothing more."""
-    u = np.asarray(prior.to_unconstrained(prior.sample(jax.random.key(0), (4000,))), float)
-    return np.diag(1 / u.var(0)), u.mean(0)
+def _frame_of(prior: Prior, draws) -> tuple[np.ndarray, np.ndarray]:
+    mean, covariance = prior.unconstrained_moments(draws, "start")
+    return mean, np.linalg.cholesky(covariance)
 
 
 @eqx.filter_jit
 def _log_prior(prior: Prior, u):
     return prior.log_prob_unconstrained(u)
-
-
-def _frame_of(prior: Prior, draws) -> tuple[np.ndarray, np.ndarray]:
-    draws = np.asarray(draws)
-    if draws.ndim != 2 or draws.shape[1] != prior.dim or len(draws) < prior.dim + 2:
-        raise ValueError(f"Expected start with at least {prior.dim + 2} draws, (n, {prior.dim}); got {draws.shape}.")
-    check_finite("start", draws)
-    prior.check(draws)
-    u = np.asarray(prior.to_unconstrained(jnp.asarray(draws)), float)
-    return u.mean(0), np.linalg.cholesky(np.atleast_2d(np.cov(u.T)))
 
 
 def _moments(theta: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -57,11 +57,8 @@ class Surface(NamedTuple):
 
     def with_curvature(self, curvature: np.ndarray) -> "Surface":
         """The same with another curvature at v = 0."""
-        dim, coefficients = len(self.noise), self.coefficients.copy()
-        for k, term in enumerate(self.terms):
-            if (term < dim).sum() == 2:
-                i, j = term[:2]
-                coefficients[k] = -curvature[i, j] * (0.5 if i == j else 1.0)
+        quadratic = _degree(self.terms, len(self.noise)) == 2
+        coefficients = np.where(quadratic, _of_curvature(self.terms, curvature), self.coefficients)
         return self._replace(coefficients=coefficients)
 
 
@@ -82,7 +79,7 @@ def features(v: Float[Array, "n p"], terms: np.ndarray) -> np.ndarray:
 
 def slopes(v: Float[Array, "n p"], terms: np.ndarray) -> np.ndarray:
     """Gradients of the features, `(n, p, m)`."""
-    values, damping, cubic = _monomials(v, terms), _damping(v, terms), _degree(v, terms) > 2
+    values, damping, cubic = _monomials(v, terms), _damping(v, terms), _degree(terms, v.shape[1]) > 2
     out = []
     for a in range(v.shape[1]):
         of_monomial = np.zeros_like(values)
@@ -99,12 +96,19 @@ def _monomials(v, terms: np.ndarray) -> np.ndarray:
     return functools.reduce(np.multiply, (padded[:, column] for column in terms.T))
 
 
-def _degree(v, terms: np.ndarray) -> np.ndarray:
-    return (terms < np.shape(v)[1]).sum(1)
+def _degree(terms: np.ndarray, dim: int) -> np.ndarray:
+    return (terms < dim).sum(1)
+
+
+def _of_curvature(terms: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+    r"""Coefficients of $-\frac12 v^T F v$, F the `curvature`: zero but for terms of second degree."""
+    dim, (i, j) = len(curvature), terms[:, :2].T
+    of_pair = -np.pad(curvature, (0, 1))[i, j] * np.where(i == j, 0.5, 1.0)
+    return np.where(_degree(terms, dim) == 2, of_pair, 0.0)
 
 
 def _damping(v, terms: np.ndarray) -> np.ndarray:
-    return np.where(_degree(v, terms) > 2, 1 + (np.asarray(v) ** 2).sum(1, keepdims=True) / REACH**2, 1.0)
+    return np.where(_degree(terms, v.shape[1]) > 2, 1 + (np.asarray(v) ** 2).sum(1, keepdims=True) / REACH**2, 1.0)
 
 
 def fit_surface(
@@ -138,9 +142,8 @@ def fit_surface(
     if n < 3:
         raise ValueError(f"Expected at least three gradients; got {n}.")
     terms = terms_to(degree, dim)
-    order, design = _degree(v, terms), slopes(v, terms)
-    blank = Surface(terms, np.zeros(len(terms)), np.zeros((0, 0)), np.eye(dim), np.ones(n))
-    mean = blank.with_curvature(curvature).coefficients
+    order, design = _degree(terms, v.shape[1]), slopes(v, terms)
+    mean = _of_curvature(terms, curvature)
     width = np.select([order == 1, order == 2], [SHIFT, CURVATURE], SKEW)
     times = np.ones(n) if counts is None else np.asarray(counts, float)
     noise, weights = np.eye(dim), times
