@@ -1,7 +1,6 @@
 """Statistics from gradients of the simulator alone: scores at one theta, at latents that the data suggest."""
 
 import functools
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, check_finite, check_trailing
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
-from diffsbi.simulators.averaging import energy_lost, evaluator
+from diffsbi.simulators.averaging import energy_lost, energy_slack, evaluator
 
 
 class _ScoresAtOnePoint(eqx.Module):
@@ -116,9 +115,9 @@ class MarginalScore(_ScoresAtOnePoint):
     The chain is Hamiltonian about a standard normal: quarter turns, each with a new momentum, made of `n_steps` steps
     kick - rotate - kick with a gradient each. It starts at $\xi = 0$, and all points of the turns after the first
     `n_burn` count. As a statistic the mean need not be exact, so there is no acceptance step; but a single object can
-    make a step unstable. A turn over which the energy grows by more than $10 + \sqrt{d} / 10$, far beyond what good
-    steps in d dimensions do, is undone, and steps are half as long from there on (at most four times). The momenta are
-    the same for all data: a deterministic function of x, its error partly common to all.
+    make a step unstable. A turn over which the energy grows by more than `energy_slack` is undone, and steps are half
+    as long from there on (at most four times). The momenta are the same for all data: a deterministic function of x,
+    its error partly common to all.
 
     It costs `n_turns * n_steps + 1` gradients, and more for data that want shorter steps. Where those do not help
     either the numbers are NaN, which estimators refuse: take more steps.
@@ -166,7 +165,7 @@ class MarginalScore(_ScoresAtOnePoint):
         """
         start, evaluate = self._start(x)
         key, zero = jax.random.key(self.seed), jax.tree.map(jnp.zeros_like, self.state)
-        limit = 10 + 0.1 * math.sqrt(start.size)
+        limit = energy_slack(start.size)
 
         def turn(carry, k):
             at, n_steps = carry

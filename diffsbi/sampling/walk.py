@@ -1,7 +1,6 @@
 r"""A chain of latents that goes with the parameters along a path: the marginal score at each of its points."""
 
 import functools
-import math
 
 import equinox as eqx
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Key
-from diffsbi.simulators.averaging import evaluator, quarter_turn
+from diffsbi.simulators.averaging import energy_slack, evaluator, quarter_turn
 
 LEAST_ACCEPTANCE, MOST_STEPS = 0.7, 16
 BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
@@ -20,7 +19,7 @@ class Walk:
 
     def __init__(self, sim, x, xi, key, latents: str):
         self.sim, self.x, self.key, self.latents = sim, x, key, latents
-        self.slack = 10 + 0.1 * math.sqrt(xi.size)  # far beyond what good steps lose in so many dimensions
+        self.slack = energy_slack(xi.size)
         self.state = dict(xi=xi, n_steps=np.asarray(2), gradients=np.asarray(0))
 
     @property

@@ -1,6 +1,7 @@
 r"""Scores with little noise: the joint score averaged over exact posterior draws of the latents."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ def energy_lost(before: State, after: State, momentum: Array, moved: Array) -> A
     Differences come first: in 10^5 dimensions the energies themselves are too large for float32.
     """
     return (after.value - before.value) - 0.5 * jnp.sum((moved - momentum) * (moved + momentum))
+
+
+def energy_slack(dim: int) -> float:
+    r"""$10 + \sqrt{d} / 10$, far beyond what the energy grows by over a turn of good steps in d dimensions."""
+    return 10 + 0.1 * math.sqrt(dim)
 
 
 def evaluator(sim, x: Array, latents: str) -> Callable[[Any, Array], State]:
