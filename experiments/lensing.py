@@ -59,8 +59,8 @@ def full_field_draws(cfg: MapConfig, sim, x, run: Run) -> np.ndarray:
     return draws
 
 
-def spectrum_proposal(cfg: MapConfig, sim, x, run: Run) -> GaussianProposal:
-    """The power-spectrum posterior of the map, `cfg.n_spectrum` draws a chain, widened by `cfg.widen`: "spectrum"."""
+def spectrum_draws(cfg: MapConfig, sim, x, run: Run) -> np.ndarray:
+    """Draws of the power-spectrum posterior of the map, `cfg.n_spectrum` a chain: stage "spectrum"."""
 
     def work(folder: Path) -> dict:
         lengths = dict(n_samples=cfg.n_spectrum, n_warmup=min(300, cfg.n_spectrum))
@@ -68,7 +68,12 @@ def spectrum_proposal(cfg: MapConfig, sim, x, run: Run) -> GaussianProposal:
         return {}
 
     run.once("spectrum", work)
-    return gaussian_proposal(sim, load_chains(run.path("spectrum")).flat(), cfg.widen)
+    return load_chains(run.path("spectrum")).flat()
+
+
+def spectrum_proposal(cfg: MapConfig, sim, x, run: Run) -> GaussianProposal:
+    """The power-spectrum posterior of the map, widened by `cfg.widen`."""
+    return gaussian_proposal(sim, spectrum_draws(cfg, sim, x, run), cfg.widen)
 
 
 def compress(sim, statistics, key, folder: Path, n_covariance: int, n_derivative: int) -> dict:

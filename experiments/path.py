@@ -16,10 +16,10 @@ import numpy as np
 import diffsbi as ds
 from diffsbi._files import read_json, write_json, write_npz
 from diffsbi.inference.proposals import gaussian_proposal
-from diffsbi.sampling import load_chains, path_posterior
+from diffsbi.sampling import path_posterior
 from experiments import command_line
 from experiments.curves import print_table
-from experiments.lensing import MERITS, MapConfig, about, begin, distances, merits, spectrum_proposal
+from experiments.lensing import MERITS, MapConfig, about, begin, distances, merits, spectrum_draws
 
 STAGES = ("observed", "reference", "spectrum", "fits")
 
@@ -51,8 +51,7 @@ def main(cfg: Config, out: Path) -> None:
     if cfg.seeds < 1 or not cfg.n_points or min(cfg.n_points) < 24:
         raise ValueError(f"Expected seeds >= 1 and n_points >= 24; got {cfg.seeds} and {cfg.n_points}.")
     sim, run, x, chain = begin(cfg, "path", out, STAGES)
-    spectrum_proposal(cfg, sim, x, run)
-    spectrum = load_chains(run.path("spectrum")).flat()
+    spectrum = spectrum_draws(cfg, sim, x, run)
     (out / "fits").mkdir(exist_ok=True)
     rows = []
     for seed in range(cfg.seeds):

@@ -10,7 +10,7 @@ from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
 from diffsbi.runs import open_run
 
-__all__ = ["command_line", "mean_points"]
+__all__ = ["command_line", "compared", "mean_points", "posterior_contours"]
 
 
 def posterior_contours(folder: Path, titles: Mapping[str, str]) -> plotting.Figure:
@@ -40,14 +40,22 @@ def command_line(draw: Callable[[Path], Figures], name: str) -> None:
             print(plotting.save(figure, (arguments.out or arguments.runs / "figures") / f"{title}.{suffix}"))
 
 
-def mean_points(rows: list[dict], titles: dict[str, str], value: str = "c2st") -> list[tuple[str, float, float, float]]:
-    """(title, n, mean, its standard error over seeds) of every score among `titles` and every n."""
+def mean_points(
+    rows: list[dict], titles: Mapping, value: str = "c2st", by: str = "score", against: str = "n"
+) -> list[tuple[str, float, float, float]]:
+    """(title, mean of `against`, mean, its standard error over seeds) of every `by` among `titles` and every n."""
     points = []
-    found = {(row["score"], row["n"]) for row in rows}
-    for score, n in sorted(
-        (pair for pair in found if pair[0] in titles), key=lambda p: (list(titles).index(p[0]), p[1])
-    ):
-        values = [row[value] for row in rows if (row["score"], row["n"]) == (score, n)]
+    found = {(row[by], row["n"]) for row in rows if row[by] in titles}
+    for kind, n in sorted(found, key=lambda pair: (list(titles).index(pair[0]), pair[1])):
+        chosen = [row for row in rows if (row[by], row["n"]) == (kind, n)]
+        values = [row[value] for row in chosen]
         error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-        points.append((titles[score], n, float(np.mean(values)), float(error)))
+        x = np.mean([row[against] for row in chosen])
+        points.append((titles[kind], float(x), float(np.mean(values)), float(error)))
     return points
+
+
+def compared(found: Mapping, samples: Mapping, titles: Mapping[str, str]) -> plotting.Figure:
+    """Contours of an experiment's posteriors; `found` has its names, truth and bounds."""
+    truth = dict(zip(found["names"], found["truth"], strict=True))
+    return plotting.contours(samples, found["names"], truth=truth, titles=titles, bounds=found["bounds"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
-from paper_figures import command_line, mean_points
+from paper_figures import command_line, compared, mean_points
 
 TITLES = {
     "mse": "MSE",
@@ -38,18 +38,15 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
     for name in DRAWN:
         if name in most:
             samples[name] = load_npz(folder / "fits" / f"{name}_{most[name]}_0.npz")["theta"]
-    truth = dict(zip(found["names"], found["truth"], strict=True))
-    titles = {"full_field": "full field"} | DRAWN
-    contours = plotting.contours(samples, found["names"], truth=truth, titles=titles, bounds=found["bounds"])
-    return figures | {"compressors_contours": contours}
+    return figures | {"compressors_contours": compared(found, samples, {"full_field": "full field"} | DRAWN)}
 
 
 def _points(rows: list[dict], name: str, place: int, value: str) -> list[tuple[str, float, float, float]]:
     """One point for each number of simulations, side by side."""
-    chosen = [row | {"score": row["n"]} for row in rows if row["compressor"] == name]
+    chosen = [row for row in rows if row["compressor"] == name]
     sizes = sorted({row["n"] for row in rows})
     titles = {n: f"{n} simulations" for n in sizes}
-    found = mean_points(chosen, titles, value)  # type: ignore[arg-type]
+    found = mean_points(chosen, titles, value, by="n")
     if name in FREE:
         return [("no simulation", place, *point) for _, _, *point in found]
     middle = (len(sizes) - 1) / 2

@@ -6,7 +6,7 @@ import numpy as np
 
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
-from paper_figures import command_line, mean_points
+from paper_figures import command_line, compared, mean_points
 
 TITLES = {"none": "no score", "white_1": "white", "whitened_1": "whitened", "whitened_4": "whitened, mean of 4"}
 
@@ -38,8 +38,7 @@ def _contours(found: dict, folder: Path) -> plotting.Figure:
     for name in dict.fromkeys(row["estimator"] for row in found["rows"]):
         samples[name] = load_npz(folder / "fits" / f"{name}_{kind}_{n}_0.draws.npz")["theta"]
         titles[name] = f"{name}, {n} simulations"
-    truth = dict(zip(found["names"], found["truth"], strict=True))
-    return plotting.contours(samples, found["names"], truth=truth, titles=titles, bounds=found["bounds"])
+    return compared(found, samples, titles)
 
 
 def _coverage(case: dict) -> list[tuple[str, float, float, float]]:
