@@ -12,7 +12,7 @@ import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, write_npz
 from diffsbi.comparison import prior_bounds
-from diffsbi.diagnostics import c2st, compare_moments, figure_of_merit
+from diffsbi.diagnostics import c2st, compare_moments, figure_of_merit, sbc_ranks, sbc_test, tarp
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.runs import Run, start_run
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
@@ -126,6 +126,16 @@ def distances(theta, references: dict[str, np.ndarray], names, seed: int) -> dic
     found = {name: c2st(theta, to, seed=seed, duplicates="drop").value for name, to in references.items()}
     shift, width = (np.asarray(a).tolist() for a in (moments.shift, moments.width_ratio))
     return found | dict(shift=shift, width_ratio=width)
+
+
+def calibration(samples, theta) -> dict:
+    """TARP and ranks of draws `(n, m, p)` at n observations whose parameters were `theta`."""
+    ball = tarp(samples, theta)
+    p_values = sbc_test(sbc_ranks(samples, theta), samples.shape[1]).tolist()
+    return dict(
+        observations=len(theta), rank_p_values=p_values,
+        tarp_p_value=ball.p_value, levels=ball.levels.tolist(), shares=ball.coverage.tolist(),
+    )  # fmt: skip
 
 
 def merits(theta, chain, names) -> dict[str, float]:

@@ -26,7 +26,6 @@ import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.compression import LatentScores, MarginalScore
-from diffsbi.diagnostics import sbc_ranks, sbc_test, tarp
 from diffsbi.inference.reweighted import ReweightedPosterior
 from experiments import command_line
 from experiments.curves import print_saved, print_table
@@ -35,6 +34,7 @@ from experiments.lensing import (
     MapConfig,
     about,
     begin,
+    calibration,
     compress,
     distances,
     in_blocks,
@@ -128,8 +128,8 @@ def main(cfg: Config, out: Path) -> None:
         rows.append(read_json(path) | dict(estimator=name, score=_name(kind), n=n, seed=seed))
     limit = run.account("given_summaries")
     fitted = dict.fromkeys((r["n"], r["score"], r["estimator"]) for r in rows if r["n"] in cfg.coverage_n)
-    calibration = [_calibration(cfg, out, *case) for case in fitted]
-    write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"], coverage=calibration, **about(sim)))
+    coverage = [_calibration(cfg, out, *case) for case in fitted]
+    write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"], coverage=coverage, **about(sim)))
     tables = {"c2st": "C2ST against the full field", "c2st_summaries": "C2ST against what the summaries hold"} | MERITS
     for value, title in tables.items():
         print(f"\n{title}, mean and standard error over {cfg.seeds} seeds")
@@ -138,7 +138,7 @@ def main(cfg: Config, out: Path) -> None:
             print_saved(rows, {"estimator": name}, _name(kind), value)
     print(f"What the summaries hold against the full field: {limit}")
     print(f"\nCalibration on {cfg.n_coverage} observations: p-values of TARP and of the ranks of {sim.names}")
-    for case in calibration:
+    for case in coverage:
         ranks = " ".join(f"{p:.3f}" for p in case["rank_p_values"])
         print(f"{case['estimator']} {case['score']:12} {case['n']:6}: {case['tarp_p_value']:.3f}; {ranks}")
 
@@ -245,12 +245,7 @@ def _calibration(cfg: Config, out: Path, n: int, score: str, name: str) -> dict:
     """Ranks and TARP over the observations of all seeds."""
     found = [load_npz(out / "fits" / f"{name}_{score}_{n}_{seed}.npz") for seed in range(cfg.seeds)]
     samples, theta = (np.concatenate([f[part] for f in found]) for part in ("samples", "theta"))
-    ranks, ball = sbc_ranks(samples, theta), tarp(samples, theta)
-    p_values = sbc_test(ranks, samples.shape[1]).tolist()
-    return dict(
-        estimator=name, score=score, n=n, observations=len(theta), rank_p_values=p_values,
-        tarp_p_value=ball.p_value, levels=ball.levels.tolist(), shares=ball.coverage.tolist(),
-    )  # fmt: skip
+    return dict(estimator=name, score=score, n=n) | calibration(samples, theta)
 
 
 def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, folder: Path) -> dict:

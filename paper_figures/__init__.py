@@ -10,7 +10,7 @@ from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
 from diffsbi.runs import open_run
 
-__all__ = ["command_line", "compared", "mean_points", "posterior_contours"]
+__all__ = ["command_line", "compared", "coverage", "mean_points", "posterior_contours"]
 
 
 def posterior_contours(folder: Path, titles: Mapping[str, str]) -> plotting.Figure:
@@ -53,6 +53,17 @@ def mean_points(
         x = np.mean([row[against] for row in chosen])
         points.append((titles[kind], float(x), float(np.mean(values)), float(error)))
     return points
+
+
+def coverage(cases: Mapping[str, Mapping]) -> plotting.Figure:
+    """Coverage less the credibility level with its binomial errors, of TARP's `levels` and `shares`, by title."""
+    points = []
+    for title, case in cases.items():
+        level, share = np.array(case["levels"]), np.array(case["shares"])
+        error = np.sqrt(level * (1 - level) / case["observations"])
+        points += [(title, *point) for point in np.stack([level, share - level, error], -1).tolist()]
+    labels = ("credibility level (TARP)", "coverage − level", {"calibrated": 0.0})
+    return plotting.curves(points, *labels, log_y=False, log_x=False)
 
 
 def compared(found: Mapping, samples: Mapping, titles: Mapping[str, str]) -> plotting.Figure:

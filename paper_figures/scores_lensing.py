@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
-from paper_figures import command_line, compared, mean_points
+from paper_figures import command_line, compared, coverage, mean_points
 
 TITLES = {"none": "no score", "white_1": "white", "whitened_1": "whitened", "whitened_4": "whitened, mean of 4"}
 
@@ -23,10 +21,9 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         figures[name] = plotting.curves(full, x, "C2ST against the full field", limit, log_y=False)
         figures[f"{name}_summaries"] = plotting.curves(own, x, "C2ST against the summaries' posterior", {}, log_y=False)
     for n in dict.fromkeys(case["n"] for case in found["coverage"]):
-        figures[f"scores_lensing_coverage_{n}"] = plotting.curves(
-            [row for case in found["coverage"] if case["n"] == n for row in _coverage(case)],
-            "credibility level (TARP)", "coverage − level", {"calibrated": 0.0}, log_y=False, log_x=False,
-        )  # fmt: skip
+        cases = [case for case in found["coverage"] if case["n"] == n]
+        by_title = {f"{case['estimator']}, {TITLES.get(case['score'], case['score'])}": case for case in cases}
+        figures[f"scores_lensing_coverage_{n}"] = coverage(by_title)
     return figures
 
 
@@ -39,13 +36,6 @@ def _contours(found: dict, folder: Path) -> plotting.Figure:
         samples[name] = load_npz(folder / "fits" / f"{name}_{kind}_{n}_0.draws.npz")["theta"]
         titles[name] = f"{name}, {n} simulations"
     return compared(found, samples, titles)
-
-
-def _coverage(case: dict) -> list[tuple[str, float, float, float]]:
-    name = f"{case['estimator']}, {TITLES.get(case['score'], case['score'])}"
-    level, share = np.array(case["levels"]), np.array(case["shares"])
-    error = np.sqrt(level * (1 - level) / case["observations"])
-    return [(name, *point) for point in np.stack([level, share - level, error], -1).tolist()]
 
 
 if __name__ == "__main__":

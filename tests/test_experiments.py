@@ -21,6 +21,7 @@ LONG = (
     "marginal_score",
     "misspecified",
     "path",
+    "path_coverage",
     "sbibm_tasks",
     "score_noise",
     "scores_lensing",
