@@ -7,6 +7,7 @@ from diffsbi.compression.imnn import IMNN
 from diffsbi.compression.latent_scores import LatentScores, MarginalScore
 from diffsbi.compression.learned import Compressor, fit_compressor, load_compressor
 from diffsbi.compression.losses import LOSSES
+from diffsbi.compression.marginal_information import MarginalInformation, marginal_information
 from diffsbi.compression.networks import HybridNetwork, MapNetwork, ResidualNetwork, square_symmetry, torus_symmetry
 from diffsbi.compression.sets import DeepSet, FisherSum, MemberNetwork, patches
 
@@ -25,6 +26,7 @@ __all__ = [
     "Information",
     "LatentScores",
     "MapNetwork",
+    "MarginalInformation",
     "MarginalScore",
     "MemberNetwork",
     "ResidualNetwork",
@@ -32,6 +34,7 @@ __all__ = [
     "fit_fishnet",
     "load_compressor",
     "load_fishnet",
+    "marginal_information",
     "patches",
     "save_fishnet",
     "set_loss",

@@ -31,7 +31,7 @@ class _ScoresAtOnePoint(eqx.Module):
         sim.prior.check(self.theta0[None])
         sim.transport(latents)
         self.latents = latents
-        self.state, self.jacobian = _setup(sim, self.theta0)
+        self.state, self.jacobian = setup_and_jacobian(sim, self.theta0)
 
     @abstractmethod
     def __call__(self, x: Array) -> Array:
@@ -65,9 +65,7 @@ class _ScoresAtOnePoint(eqx.Module):
         return jnp.zeros(shape.shape, shape.dtype), evaluate
 
     def _score(self, of_state) -> Float[Array, " p"]:
-        """The gradient in theta, from that in what theta fixes."""
-        parts = jax.tree.map(lambda a, j: jnp.tensordot(a, j, a.ndim), of_state, self.jacobian)
-        return sum(jax.tree.leaves(parts), start=jnp.zeros_like(self.theta0))
+        return chain_rule(of_state, self.jacobian)
 
 
 class LatentScores(_ScoresAtOnePoint):
@@ -189,5 +187,12 @@ class MarginalScore(_ScoresAtOnePoint):
 
 
 @eqx.filter_jit
-def _setup(sim, theta0):
+def setup_and_jacobian(sim, theta0: Float[Array, " p"]):
+    """What theta fixes and its derivatives: computed once for all data at one theta."""
     return sim.setup(theta0), jax.jacfwd(sim.setup)(theta0)
+
+
+def chain_rule(of_setup, jacobian) -> Float[Array, " p"]:
+    """The gradient in theta, from that in what theta fixes."""
+    parts = jax.tree.leaves(jax.tree.map(lambda a, j: jnp.tensordot(a, j, a.ndim), of_setup, jacobian))
+    return sum(parts[1:], start=parts[0])

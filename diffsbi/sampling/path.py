@@ -16,9 +16,9 @@ from diffsbi.sampling.blocks import BlockStore, array_digest
 from diffsbi.sampling.full_field import observed, starting_frame
 from diffsbi.sampling.surface import Surface, features, fit_surface
 from diffsbi.sampling.walk import Walk
+from diffsbi.simulators.averaging import LOW_ACCEPTANCE
 from diffsbi.simulators.base import AbstractSimulator
 
-LOW_ACCEPTANCE = 0.3
 LEAST_ROUND = 6
 REFITS = 2  # of the surface after each round, each in the frame of the last
 MOST_SHIFT, MOST_WIDENING = 3.0, 1.5  # from one round to the next, in standard deviations of the first

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from diffsbi._types import Array, Float, Key
 from diffsbi.integrators import KICKS, QUARTER_TURN, kick, rotate
 
+LOW_ACCEPTANCE = 0.3
+"""Of a chain of latents: below it is slow to forget, and users are told."""
+
 
 class State(NamedTuple):
     """A state of a chain: where it is, and the log-density with its slopes in the latents and in what theta fixes."""
@@ -46,6 +49,16 @@ def evaluator(sim, x: Array, latents: str) -> Callable[[Any, Array], State]:
         return State(xi, value, slope, slope_of_setup)
 
     return evaluate
+
+
+def best_steps(acceptance_with: Callable[[int], float], most: int = 12) -> int:
+    """Steps of a trajectory with the most acceptance per gradient: more are tried while they could still be better."""
+    best, steps = 0.0, 1
+    for n_steps in range(1, most + 1):
+        if 1 / n_steps <= best:
+            break
+        best, steps = max((best, steps), (acceptance_with(n_steps) / n_steps, n_steps), key=lambda pair: pair[0])
+    return steps
 
 
 def average_score(

@@ -16,12 +16,10 @@ from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
 from diffsbi.prior import Prior
-from diffsbi.simulators.averaging import average_score
+from diffsbi.simulators.averaging import LOW_ACCEPTANCE, average_score, best_steps
 
 _PILOT = 2**32 - 1  # folded into the key of `draw` for simulations that are nobody's rows
 _CHAIN = 2**32 - 2  # folded into a row's key for its chain of latents
-_MOST_STEPS = 12
-_LOW_ACCEPTANCE = 0.3
 
 
 class Draws(eqx.Module):
@@ -215,7 +213,7 @@ class AbstractSimulator(eqx.Module):
                 accepted.append(np.mean(acceptance))
                 bar.update(min(size, n - first))
         out = jax.tree.map(lambda *b: jnp.asarray(np.concatenate(b)[:n]), *blocks)
-        if np.mean(accepted) < _LOW_ACCEPTANCE:
+        if np.mean(accepted) < LOW_ACCEPTANCE:
             warnings.warn(
                 f"The chains of latents accepted {np.mean(accepted):.0%} of their steps: the scores are unbiased "
                 f"but hardly less noise. Try more steps than n_steps={n_steps}, or other latents than {latents!r}.",
@@ -230,17 +228,15 @@ class AbstractSimulator(eqx.Module):
         """
         key, rows = jax.random.fold_in(check_key(key), _PILOT), np.arange(16)
         size = _even_size(len(rows), self._rows_that_fit() if batch_size is None else batch_size)
-        best, steps = 0.0, 1
-        for n_steps in range(1, _MOST_STEPS + 1):
-            if 1 / n_steps <= best:
-                break
+
+        def acceptance_with(n_steps: int) -> float:
             row = functools.partial(
                 _draw_rows, with_score=True, latents=latents, average=_counts((2, n_steps)), keep_latents=False
             )
             blocks = [row(self, key, jnp.asarray(np.resize(rows[i : i + size], size)), None)[-1] for i in rows[::size]]
-            gain = float(np.mean(np.concatenate([np.asarray(b) for b in blocks]))) / n_steps
-            best, steps = max((best, steps), (gain, n_steps), key=lambda pair: pair[0])
-        return steps
+            return float(np.mean(np.concatenate([np.asarray(b) for b in blocks])))
+
+        return best_steps(acceptance_with)
 
     def _rows_that_fit(self, budget: int = 2**28) -> int:
         _, z, x = eqx.filter_eval_shape(self.draw_one, jax.random.key(0))
