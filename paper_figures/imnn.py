@@ -16,13 +16,18 @@ TITLES = {
 
 def draw(runs: Path) -> plotting.Figure:
     rows = read_json(runs / "imnn" / "information.json")["rows"]
-    histories = {name: [row for row in rows if row["name"] == name] for name in TITLES}
-    shares = {name: [_share(row) for row in found] for name, found in histories.items() if found}
-    figure = plotting.training_curves(shares, TITLES, ("gradient steps", "det F / exact det F"))
+    return histories(rows, TITLES, "det F / exact det F")
+
+
+def histories(rows: list[dict], titles: dict[str, str], label: str) -> plotting.Figure:
+    """Training and validation of every seed in units of the exact determinant, a panel for each name of `titles`."""
+    by_name = {name: [row for row in rows if row["name"] == name] for name in titles}
+    shares = {name: [_share(row) for row in found] for name, found in by_name.items() if found}
+    figure = plotting.training_curves(shares, titles, ("gradient steps", label))
     for axis, name in zip(figure.axes, shares, strict=True):
         # A validation set's own noise is common to its whole curve; the dots are many more simulations, all new.
-        steps = [row["every"] * row["best_epoch"] for row in histories[name]]
-        measured = [row["det"] / row["exact"] for row in histories[name]]
+        steps = [row["every"] * row["best_epoch"] for row in by_name[name]]
+        measured = [row["det"] / row["exact"] for row in by_name[name]]
         axis.plot(steps, measured, "o", ms=4, color=plotting.CYCLE[1], label="new simulations", zorder=3)
         axis.axhline(1.0, color="0.4", lw=0.8, ls="--")
         axis.set_ylim(top=max(1.05, axis.get_ylim()[1]))

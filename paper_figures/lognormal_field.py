@@ -1,0 +1,26 @@
+"""How det F of networks grows towards the full field's on a noisy log-normal field: `experiments.lognormal_field`."""
+
+import math
+from pathlib import Path
+
+from diffsbi import plotting
+from diffsbi._files import read_json
+from paper_figures import command_line
+from paper_figures.imnn import histories
+
+
+def draw(runs: Path) -> plotting.Figure:
+    found = read_json(runs / "lognormal_field" / "information.json")
+    exact = math.exp(found["full_field"]["log_det"])
+    titles = {row["name"]: _title(row["name"]) for row in found["rows"]}
+    rows = [row | dict(det=math.exp(row["log_det"]), exact=exact) for row in found["rows"]]
+    return histories(rows, titles, "det F / full field's det F")
+
+
+def _title(name: str) -> str:
+    levels = name.count("-") + 1
+    return "band powers" if name == "powers" else f"and of {levels} level{'s' * (levels > 1)} of learned maps"
+
+
+if __name__ == "__main__":
+    command_line(draw, "lognormal_field")
