@@ -18,8 +18,7 @@ def draw(runs: Path) -> plotting.Figure:
 
 
 def _title(name: str) -> str:
-    levels = name.count("-") + 1
-    return "band powers" if name == "powers" else f"and of {levels} level{'s' * (levels > 1)} of learned maps"
+    return "powers in bands" if name == "powers" else f"with {name.replace('-', ' + ')} learned maps"
 
 
 if __name__ == "__main__":
