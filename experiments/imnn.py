@@ -72,12 +72,23 @@ def amplitude(theta, n_pix: int):
     return jnp.sqrt(theta[0]) * jnp.exp(-theta[1] / 2 * log_k) * (k > 0)
 
 
-def field_information(n_pix: int, theta=(1.0, 0.5)) -> np.ndarray:
-    """Exact Fisher matrix of the Gaussian field: n² - 1 independent real modes of variance P, all four quadrants."""
+def field_information(n_pix: int, theta=(1.0, 0.5), noise: float = 0.0) -> np.ndarray:
+    """Exact Fisher matrix of the Gaussian field: n² - 1 independent real modes of variance P + σ², all quadrants."""
     k = wavenumbers(n_pix)
     log_k = np.log(k[k > 0])
-    slope = np.stack([np.full_like(log_k, 1 / theta[0]), -log_k])
+    power = theta[0] * np.exp(-theta[1] * log_k)
+    slope = np.stack([np.full_like(log_k, 1 / theta[0]), -log_k]) * power / (power + noise**2)
     return 0.5 * slope @ slope.T
+
+
+def bands(n_pix: int, n_bands: int) -> np.ndarray:
+    """Overlapping triangles in ln k on the quadrant, of sum one at every k but zero: `(m, m, n_bands)`."""
+    half = n_pix // 2 + 1
+    k = wavenumbers(n_pix)[:half, :half]
+    inside = k > 0
+    log_k = np.log(np.where(inside, k, 1.0))
+    knots = np.linspace(log_k[inside].min(), log_k[inside].max(), n_bands)
+    return np.maximum(0, 1 - np.abs(log_k[..., None] - knots) / (knots[1] - knots[0])) * inside[..., None]
 
 
 class Bands(eqx.Module):
@@ -89,14 +100,11 @@ class Bands(eqx.Module):
     windows: Array
 
     def __init__(self, n_pix: int, fiducial, n_bands: int = 8):
-        half, weight = n_pix // 2 + 1, np.asarray(mode_weights(n_pix))
-        k = wavenumbers(n_pix)[:half, :half]
-        inside = k > 0
-        log_k = np.log(np.where(inside, k, 1.0))
-        knots = np.linspace(log_k[inside].min(), log_k[inside].max(), n_bands)
-        windows = np.maximum(0, 1 - np.abs(log_k[..., None] - knots) / (knots[1] - knots[0])) * inside[..., None]
-        windows /= np.sqrt(2 * np.sum(weight[..., None] * windows**2, (0, 1)))  # unit scatter in a Gaussian field
-        power = np.where(inside, np.asarray(amplitude(jnp.asarray(fiducial), n_pix))[:half, :half] ** 2, 1.0)
+        half, windows = n_pix // 2 + 1, bands(n_pix, n_bands)
+        weight = np.asarray(mode_weights(n_pix))[..., None]
+        windows /= np.sqrt(2 * np.sum(weight * windows**2, (0, 1)))  # unit scatter in a Gaussian field
+        power = np.asarray(amplitude(jnp.asarray(fiducial), n_pix))[:half, :half] ** 2
+        power[0, 0] = 1.0  # k = 0, which no window has
         self.windows = jnp.asarray((windows / power[..., None]).reshape(-1, n_bands), jnp.float32)
 
     def __call__(self, modes):
@@ -176,6 +184,12 @@ def main(cfg: Config, out: Path) -> None:
         print(f"{name:10} {np.mean(share):.4f} ± {standard_error(share):.4f} of {exact:.5g}: {dets}")
 
 
+def det_history(fitted) -> dict:
+    """det F at every validation of a fit, for the figures."""
+    history = fitted.panels()["det F"][0]
+    return {k: np.asarray(history[k]).tolist() for k in ("train", "validation", "best_epoch")}
+
+
 def _fit(cfg: Config, run, name: str, seed: int) -> dict:
     case: Case = getattr(cfg, name)
     key_network, key_fit = (jax.random.fold_in(run.key(k), seed) for k in ("network", "fit"))
@@ -199,8 +213,7 @@ def _fit(cfg: Config, run, name: str, seed: int) -> dict:
         keys = jax.random.split(jax.random.fold_in(key_fit, 2), case.n_refit)
         t, score = (np.asarray(a, float) for a in jax.jit(lambda k: jax.lax.map(both, k, batch_size=50))(keys))
         row |= dict(det_sampled=row["det"], det=float(np.linalg.det(information_by_score(t, score, exact))))
-    history = fitted.panels()["det F"][0]
-    row |= {k: np.asarray(history[k]).tolist() for k in ("train", "validation", "best_epoch")}
+    row |= det_history(fitted)
     if name == "fixed":
         row["best_epoch"] = len(row["train"])  # the last weights are kept
     return row | dict(exact=float(np.linalg.det(exact)), every=every)

@@ -27,6 +27,7 @@ from diffsbi.simulators.fields import fold, hartley, mode_weights, unfold
 from diffsbi.simulators.transport import WienerWhitening
 from experiments import command_line
 from experiments.curves import standard_error
+from experiments.imnn import amplitude, bands, det_history, field_information
 
 FIDUCIAL = {"A": 0.5, "B": 0.5}
 
@@ -64,12 +65,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def wavenumbers(n_pix: int) -> np.ndarray:
-    """|k| on the quadrant of non-negative frequencies, in radians per pixel."""
-    one = 2 * np.pi * np.arange(n_pix // 2 + 1) / n_pix
-    return np.hypot(one[:, None], one[None, :])
-
-
 class Spectrum(NamedTuple):
     """What theta fixes: the square root of P_g on the quadrant, and the response of the field to g, one."""
 
@@ -86,9 +81,8 @@ class LognormalField(ds.AbstractSimulator):
     prior: ds.Prior = ds.Prior({name: dist.Normal(value, 0.3) for name, value in FIDUCIAL.items()})
 
     def setup(self, theta):
-        k = wavenumbers(self.n_pix)
-        log_k = jnp.asarray(np.log(np.where(k > 0, k, 1.0)), theta.dtype)
-        return Spectrum(((jnp.sqrt(theta[0]) * jnp.exp(-theta[1] / 2 * log_k) * (k > 0),),), jnp.ones(1))
+        half = self.n_pix // 2 + 1
+        return Spectrum(((amplitude(theta, self.n_pix)[:half, :half],),), jnp.ones(1))
 
     def latents(self, state):
         return dist.Normal(jnp.zeros((1, self.n_pix, self.n_pix)), 1.0).to_event(3)
@@ -101,26 +95,6 @@ class LognormalField(ds.AbstractSimulator):
 
     def transports(self):
         return {"white": Identity(), "whitened": WienerWhitening(jnp.full(1, self.noise))}
-
-
-def gaussian_information(n_pix: int, noise: float) -> np.ndarray:
-    """Exact Fisher matrix of the Gaussian field under the same noise: the modes are independent, of variance P + σ²."""
-    a, b = FIDUCIAL.values()
-    k = wavenumbers(n_pix)
-    inside, weight = k > 0, np.asarray(mode_weights(n_pix))
-    log_k = np.log(k[inside])
-    power = a * np.exp(-b * log_k)
-    slope = np.stack([power / a, -log_k * power]) / (power + noise**2)
-    return 0.5 * (slope * weight[inside]) @ slope.T
-
-
-def windows(n_pix: int, n_bands: int) -> np.ndarray:
-    """Overlapping triangles in ln k on the quadrant, of sum one at every k but zero: `(m, m, n_bands)`."""
-    k = wavenumbers(n_pix)
-    inside = k > 0
-    log_k = np.log(np.where(inside, k, 1.0))
-    knots = np.linspace(log_k[inside].min(), log_k[inside].max(), n_bands)
-    return np.maximum(0, 1 - np.abs(log_k[..., None] - knots) / (knots[1] - knots[0])) * inside[..., None]
 
 
 class Filters(eqx.Module):
@@ -166,7 +140,7 @@ class Network(eqx.Module):
         self.line, self.rest = eqx.nn.Linear(size, 2, key=keys[0]), eqx.nn.MLP(size, 2, 16, 1, jax.nn.silu, key=keys[1])
 
     def __call__(self, x):
-        of_k = jnp.asarray(windows(self.n_pix, self.n_bands), x.dtype)
+        of_k = jnp.asarray(bands(self.n_pix, self.n_bands), x.dtype)
         last = hartley(x)
         modes, means = [last], []
         for level in self.levels:
@@ -187,7 +161,7 @@ def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `information.json`, print the table."""
     run = start_run(out, {"name": "lognormal_field"} | dataclasses.asdict(cfg), ("network", "fit", "scores"))
     full, test = (_full_field(cfg, out / f"{name}.json", run, name) for name in ("lognormal", "gaussian"))
-    exact = float(np.linalg.slogdet(gaussian_information(cfg.n_pix, cfg.noise))[1])
+    exact = float(np.linalg.slogdet(field_information(cfg.n_pix, tuple(FIDUCIAL.values()), cfg.noise))[1])
     rows = []
     for widths, seed in itertools.product(cfg.networks, range(cfg.seeds)):
         name = "-".join(map(str, widths)) or "powers"
@@ -201,7 +175,7 @@ def main(cfg: Config, out: Path) -> None:
     print(f"\nln det F by scores: {by_scores[0]}; of the Gaussian field {by_scores[1]}, exactly {exact:.3f}")
     print(f"\nln det F on new simulations, det F over the full field's; mean ± standard error of {cfg.seeds} seeds")
     for name in dict.fromkeys(row["name"] for row in rows):
-        found = np.array([row["log_det"] for row in rows if row["name"] == name])
+        found = np.log([row["det"] for row in rows if row["name"] == name])
         share = np.exp(found - full["log_det"])
         cells = [f"{np.mean(a):.3f} ± {standard_error(a):.3f}" for a in (found, share)]
         print(f"{name:10} {cells[0]}   {cells[1]}")
@@ -227,11 +201,7 @@ def _fit(cfg: Config, run, widths: tuple[int, ...], seed: int) -> dict:
     every = max(1, cfg.steps // 30)
     settings = dict(max_iterations=cfg.steps, patience=cfg.steps, validate_every=every, average=cfg.average)
     fitted = imnn.fit(key_fit, learning_rate=cfg.learning_rate, n_refit=cfg.n_refit, **settings)
-    history = fitted.panels()["det F"][0]
-    curves = {k: np.asarray(history[k]).tolist() for k in ("train", "validation", "best_epoch")}
-    return curves | dict(
-        det=fitted.det_fisher, log_det=float(np.log(fitted.det_fisher)), log_det_error=fitted.log_det_error, every=every
-    )
+    return det_history(fitted) | dict(det=fitted.det_fisher, log_det_error=fitted.log_det_error, every=every)
 
 
 if __name__ == "__main__":
