@@ -122,9 +122,9 @@ class Prior(eqx.Module):
         u = np.asarray(self.to_unconstrained(jnp.asarray(draws)), float)
         return u.mean(0), np.atleast_2d(np.cov(u.T))
 
-    def unconstrained_spread(self, n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of u, `(p,)` each, of `n` draws that are always the same: for scales only."""
-        u = np.asarray(self.to_unconstrained(self.sample(jax.random.key(0), (n,))), float)
+    def unconstrained_spread(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of u, `(p,)` each, of 4000 draws, always the same: for scales only."""
+        u = np.asarray(self.to_unconstrained(self.sample(jax.random.key(0), (4000,))), float)
         return u.mean(0), u.std(0)
 
     def marginal(self, names: Sequence[str]) -> "Prior":

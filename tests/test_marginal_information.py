@@ -2,6 +2,7 @@
 
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import diffsbi as ds
 from diffsbi.compression import marginal_information
+from diffsbi.compression.marginal_information import _from_scores
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +77,17 @@ def test_the_errors_are_those_of_repetitions(sim):
 def test_bad_input_is_refused(sim, change, message):
     with pytest.raises(ValueError, match=message):
         marginal_information(sim, jax.random.key(0), **change)
+
+
+def test_scores_that_are_not_finite_are_counted(sim):
+    broken = eqx.tree_at(lambda s: s.design, sim, sim.design.at[0, 0].set(jnp.nan))
+    with pytest.raises(RuntimeError, match="not finite in 20 of 20 simulations"):
+        marginal_information(broken, jax.random.key(0), n=20, n_steps=1, latents="white")
+
+
+def test_an_estimate_that_is_not_positive_has_no_determinant():
+    """Scores of alternating sign: at odd lags their products are negative."""
+    signs = np.array([1.0, -1.0, 1.0, -1.0])[:, None]
+    scores = np.random.default_rng(0).standard_normal((40, 1, 1)) * signs
+    found = _from_scores(scores, 3, 1.0, 1)
+    assert found.fisher[0, 0] < 0 and found.log_det == -np.inf and found.log_det_error == np.inf

@@ -126,4 +126,10 @@ def measured_information(t, dt, n_blocks: int = 20) -> tuple[Information, float]
     for block in range(n_blocks):
         kept, d_kept = (a[np.arange(len(a)) % n_blocks != block] for a in (t, dt))
         log_dets.append(np.linalg.slogdet(information(kept, d_kept, np).unbiased)[1])
-    return information(t, dt, np), float(np.sqrt((n_blocks - 1) * np.var(log_dets)))
+    return information(t, dt, np), float(jackknife_error(np.asarray(log_dets)))
+
+
+def jackknife_error(without: np.ndarray) -> np.ndarray:
+    """Standard error of an estimate, from its values without each block of the data; infinite where one of them is."""
+    finite = np.isfinite(without).all(0)
+    return np.where(finite, np.sqrt((len(without) - 1) * np.var(np.where(finite, without, 0), axis=0)), np.inf)

@@ -26,9 +26,7 @@ class _ScoresAtOnePoint(eqx.Module):
 
     def _set(self, sim, theta0, latents: str):
         self.sim = sim
-        self.theta0 = sim.fiducial if theta0 is None else jnp.asarray(theta0, jnp.result_type(float))
-        check_trailing("theta0", self.theta0, (sim.prior.dim,))
-        sim.prior.check(self.theta0[None])
+        self.theta0 = checked_point(sim, theta0)
         sim.transport(latents)
         self.latents = latents
         self.state, self.jacobian = setup_and_jacobian(sim, self.theta0)
@@ -184,6 +182,18 @@ class MarginalScore(_ScoresAtOnePoint):
 
         carry = (evaluate(start), jnp.asarray(self.n_steps))
         return jax.lax.scan(turn, carry, jnp.arange(self.n_turns))[1]
+
+
+def checked_point(sim, theta0) -> Float[Array, " p"]:
+    """The fiducial where `theta0` is None.
+
+    Raises:
+        ValueError: `theta0` of another shape or outside the prior.
+    """
+    theta0 = sim.fiducial if theta0 is None else jnp.asarray(theta0, jnp.result_type(float))
+    check_trailing("theta0", theta0, (sim.prior.dim,))
+    sim.prior.check(theta0[None])
+    return theta0
 
 
 @eqx.filter_jit

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, Key, check_key, check_trailing
-from diffsbi.compression.latent_scores import chain_rule, setup_and_jacobian
+from diffsbi._types import Array, Float, Key, check_key
+from diffsbi.compression.information import jackknife_error
+from diffsbi.compression.latent_scores import chain_rule, checked_point, setup_and_jacobian
 from diffsbi.simulators.averaging import LOW_ACCEPTANCE, best_steps, evaluator, quarter_turn
 from diffsbi.simulators.base import AbstractSimulator
 
@@ -83,11 +84,8 @@ def marginal_information(
             the prior, an unknown coordinate.
         RuntimeError: Scores that are not finite.
     """
-    latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
-    sim.transport(latents)
-    theta0 = sim.fiducial if theta0 is None else jnp.asarray(theta0, jnp.result_type(float))
-    check_trailing("theta0", theta0, (sim.prior.dim,))
-    sim.prior.check(theta0[None])
+    latents = sim.best_latents(latents)
+    theta0 = checked_point(sim, theta0)
     least = max(JACKKNIFE, sim.prior.dim + 2)
     if n < least or not 1 <= gap < n_average or (n_steps is not None and n_steps < 1):
         raise ValueError(
@@ -141,7 +139,7 @@ def _from_scores(s: np.ndarray, gap: int, acceptance: float, gradients: int) -> 
         (near, near_without), (far, far_without) = over(slice(gap, 2 * gap)), over(slice(2 * gap, None))
         scale = np.sqrt(np.outer(np.diag(fisher), np.diag(fisher)))
         difference = np.trace((near - far) / scale)
-        spread = _spread(np.trace((near_without - far_without) / scale, axis1=1, axis2=2))
+        spread = jackknife_error(np.trace((near_without - far_without) / scale, axis1=1, axis2=2))
         if abs(difference) > TOO_FAR * spread:
             warnings.warn(
                 f"Scores {gap} to {2 * gap - 1} turns apart have products {difference / len(fisher):+.0%} from those "
@@ -149,8 +147,8 @@ def _from_scores(s: np.ndarray, gap: int, acceptance: float, gradients: int) -> 
                 stacklevel=3,
             )
     return MarginalInformation(
-        fisher, _spread(without), _log_det(fisher), float(_spread(log_dets)), np.average(lags, axis=0, weights=sizes),
-        acceptance, gradients,
+        fisher, jackknife_error(without), _log_det(fisher), float(jackknife_error(log_dets)),
+        np.average(lags, axis=0, weights=sizes), acceptance, gradients,
     )  # fmt: skip
 
 
@@ -162,13 +160,6 @@ def _lags(s: np.ndarray) -> np.ndarray:
         mean = np.einsum("nka,nkb->ab", s[:, : n_average - lag], s[:, lag:]) / (n * (n_average - lag))
         products.append((mean + mean.T) / 2)
     return np.stack(products)
-
-
-def _spread(without: np.ndarray) -> np.ndarray:
-    """The jackknife's standard error."""
-    if not np.isfinite(without).all():
-        return np.full(without.shape[1:], np.inf)
-    return np.sqrt((len(without) - 1) * np.var(without, axis=0))
 
 
 def _log_det(matrix: np.ndarray) -> float:

@@ -73,7 +73,7 @@ def rounds(
         got = f"{n_rounds}, {n_per_round} and {tolerance}"
         raise ValueError(f"Expected n_rounds >= 1, n_per_round >= 1 and tolerance > 0; got {got}.")
     summary = jnp.ravel if summary is None else summary
-    latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
+    latents = sim.best_latents(latents)
     observed = summary(jnp.asarray(x))
     posterior: FittedPosterior | None = None
     samples, moved, reason, simulations = [], [], "n_rounds reached", 0

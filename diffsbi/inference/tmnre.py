@@ -95,7 +95,7 @@ def truncated_marginals(
     names = sim.prior.names
     groups = _groups(names, marginals)
     summary = jnp.ravel if summary is None else summary
-    latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
+    latents = sim.best_latents(latents)
     observed = summary(jnp.asarray(x))
     prior, rows, bounds, reason, simulations = sim.prior, None, [], "n_rounds reached", 0
     *keys, key_last = jax.random.split(check_key(key), n_rounds + 1)

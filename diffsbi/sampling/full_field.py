@@ -100,8 +100,7 @@ def full_field_posterior(
     Raises:
         ValueError: If x is not finite or has another shape than the simulator draws, or a name is unknown.
     """
-    latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
-    sim.transport(latents)
+    latents = sim.best_latents(latents)
     lensing = isinstance(sim, LensingMaps)
     sampler = sampler if sampler != "best" else ("hmc" if latents == "whitened" else "nuts")
     check_names([sampler], list(SAMPLERS), "sampler")

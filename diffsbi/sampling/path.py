@@ -165,8 +165,7 @@ def path_posterior(
         raise ValueError(f"Expected n_points >= {2 * size} (two rounds), n_turns >= 1 and until_error > 0; got {got}.")
     if degree not in (2, 3):
         raise ValueError(f"Expected degree 2 or 3; got {degree}.")
-    latents = latents or ("whitened" if "whitened" in sim.transports() else "white")
-    sim.transport(latents)
+    latents = sim.best_latents(latents)
     x, shape = observed(sim, x)
     centre, root = starting_frame(sim, x) if start is None else _frame_of(sim.prior, start)
     key_xi, key_points, key_chain = jax.random.split(check_key(key), 3)

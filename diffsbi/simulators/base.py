@@ -100,6 +100,12 @@ class AbstractSimulator(eqx.Module):
         check_names([latents], list(offered), "latent coordinate")
         return offered[latents]
 
+    def best_latents(self, latents: str | None = None) -> str:
+        """The coordinate asked for, which must be on offer; else "whitened" where there is one, and "white"."""
+        latents = latents or ("whitened" if "whitened" in self.transports() else "white")
+        self.transport(latents)
+        return latents
+
     def log_conditional(self, theta: Float[Array, " p"], z: Array, x: Array, *, latents: str = "white") -> Array:
         r"""$\log p(x, z | \theta)$ of one draw, `z` given in the coordinate `latents`."""
         return self.log_conditional_of(self.setup(theta), z, x, self.transport(latents))
