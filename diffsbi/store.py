@@ -65,11 +65,11 @@ class SimulationStore:
         """The blocks that are still to be written."""
         return [block for block in self.blocks if not self._complete(block)]
 
-    def each_missing(self, progress: bool = False) -> Iterator[Block]:
-        """The missing blocks, with a bar over rows that starts at those that are done."""
+    def each_missing(self, progress: bool = False, what: str = "simulate") -> Iterator[Block]:
+        """The missing blocks, with a bar over rows, named `what`, that starts at those that are done."""
         missing = self.missing()
         done = self.n - sum(map(len, missing))
-        with tqdm(total=self.n, initial=done, disable=not (progress and missing), desc="simulate", unit="sim") as bar:
+        with tqdm(total=self.n, initial=done, disable=not (progress and missing), desc=what, unit="sim") as bar:
             for block in missing:
                 yield block
                 bar.update(len(block))

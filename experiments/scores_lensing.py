@@ -115,7 +115,7 @@ def main(cfg: Config, out: Path) -> None:
     for seed, n, kind, name in itertools.product(range(cfg.seeds), cfg.n, [None, *cfg.scores], cfg.estimators):
         if kind is not None and n > cfg.n_scored:
             continue
-        path = out / "fits" / f"{name}_{_name(kind)}_{n}_{seed}.json"
+        path = out / "fits" / f"{name}_{score_name(kind)}_{n}_{seed}.json"
         if not path.exists():
             print(path.stem, flush=True)
             key, arrays = jax.random.fold_in(run.key("fits"), 1000 * seed + n), _rows(cfg, pool, many, seed, n, kind)
@@ -125,7 +125,7 @@ def main(cfg: Config, out: Path) -> None:
             theta = _draws(posterior, key, cfg.n_samples, observed)
             write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
             write_json(path, distances(theta, references, sim.names, seed) | merits(theta, chain, sim.names))
-        rows.append(read_json(path) | dict(estimator=name, score=_name(kind), n=n, seed=seed))
+        rows.append(read_json(path) | dict(estimator=name, score=score_name(kind), n=n, seed=seed))
     limit = run.account("given_summaries")
     fitted = dict.fromkeys((r["n"], r["score"], r["estimator"]) for r in rows if r["n"] in cfg.coverage_n)
     coverage = [_calibration(cfg, out, *case) for case in fitted]
@@ -135,7 +135,7 @@ def main(cfg: Config, out: Path) -> None:
         print(f"\n{title}, mean and standard error over {cfg.seeds} seeds")
         print_table(rows, ("estimator", "score"), value)
         for name, kind in itertools.product(cfg.estimators, cfg.scores if value not in MERITS else ()):
-            print_saved(rows, {"estimator": name}, _name(kind), value)
+            print_saved(rows, {"estimator": name}, score_name(kind), value)
     print(f"What the summaries hold against the full field: {limit}")
     print(f"\nCalibration on {cfg.n_coverage} observations: p-values of TARP and of the ranks of {sim.names}")
     for case in coverage:
@@ -158,7 +158,7 @@ def _check_sizes(cfg: Config) -> None:
         )
 
 
-def _name(kind: tuple[str, int] | None) -> str:
+def score_name(kind: tuple[str, int] | None) -> str:
     return "none" if kind is None else f"{kind[0]}_{kind[1]}"
 
 
@@ -189,7 +189,7 @@ def _simulate(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
         for kind in cfg.scores:
             options = dict(latents=kind[0], n_average=kind[1], n_steps=steps.get(kind), start=start)
             draws = sim.draw(key_draw, count, theta[start : start + count], **options)
-            part[_name(kind)] = draws.score
+            part[score_name(kind)] = draws.score
         return part | {"theta": draws.theta, "t": summary(draws.x)}
 
     write_npz(folder / "pool.npz", in_blocks("scored simulations", n, 50, make, folder / "blocks"))
@@ -213,7 +213,7 @@ def _rows(cfg: Config, pool, many, seed: int, n: int, kind):
         width = max(cfg.n) - cfg.n_scored
         more = slice(seed * width, seed * width + n - cfg.n_scored)
         theta, t = np.concatenate([theta, many["theta"][more]]), np.concatenate([t, many["t"][more]])
-    return theta, t, None if kind is None else pool[_name(kind)][first]
+    return theta, t, None if kind is None else pool[score_name(kind)][first]
 
 
 def _posterior(cfg: Config, sim, estimator, proposal, arrays, key):

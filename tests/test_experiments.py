@@ -26,6 +26,7 @@ LONG = (
     "sbibm_tasks",
     "score_noise",
     "scores_lensing",
+    "scores_rounds",
     "scores_two_moons",
     "two_moons",
 )

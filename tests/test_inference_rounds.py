@@ -1,5 +1,7 @@
 """Sequential rounds: the exact posterior from few simulations, proposals that stay where they must, clear ends."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from targets import gaussian
 
 import diffsbi as ds
+from diffsbi.compression import MarginalScore
 from diffsbi.inference.posterior import truncated_prior
 
 FLOW = ("smooth", {"width": 16, "depth": 1, "layers": 1, "ramps": 4})
@@ -85,3 +88,101 @@ def test_the_summary_is_applied_to_simulations_and_observation(linear, observed)
     )  # fmt: skip
     np.testing.assert_array_equal(result.posterior.default_x, jnp.asarray(observed[:2]))
     assert result.moved == ()
+
+
+def starting(linear, observed, off: float = 2.0):
+    """`off` widths from the posterior, three times as wide."""
+    mean, covariance = (np.asarray(a) for a in linear.posterior(observed))
+    width = np.sqrt(np.diag(covariance))
+    draws = mean + off * width + 3 * width * np.random.default_rng(0).normal(size=(2000, 2))
+    return ds.gaussian_proposal(linear, draws, 1.0)
+
+
+RECENTRED = dict(n_rounds=2, n_per_round=60, tolerance=1e-9, fit=FIT, widen=1.5, n_samples=4000)
+
+
+@pytest.mark.parametrize(
+    "estimator, options, off",
+    [
+        # The mixture of two proposals makes a posterior that a normal can only be if both have one centre.
+        (ds.NPE, {"correction": "reweight"}, 0.0),
+        (ds.NPE, {"correction": "atomic"}, 2.0),
+        (ds.NLE, {}, 2.0),
+    ],
+)
+def test_rounds_from_a_proposal_end_at_the_exact_posterior(linear, observed, estimator, options, off):
+    """Simulations of both rounds count, with statistics made anew, corrected for the mixture of both proposals."""
+    centres = []
+
+    def summary_at(theta0):
+        centres.append(np.asarray(theta0))
+        return MarginalScore(linear, theta0, n_turns=4, n_burn=1)
+
+    proposal = starting(linear, observed, off)
+    result = ds.rounds(
+        linear, observed, estimator(linear, gaussian, **options), jax.random.key(2), proposal=proposal,
+        summary_at=summary_at, **RECENTRED,
+    )  # fmt: skip
+    mean, covariance = linear.posterior(observed)
+    width = np.sqrt(np.diag(covariance))
+    np.testing.assert_allclose((result.samples[-1].mean(0) - mean) / width, 0.0, atol=0.2)
+    np.testing.assert_allclose(result.samples[-1].std(0) / width, 1.0, atol=0.12)
+    # Around the first proposal (its draws' mean), then around the posterior of the first round.
+    root = np.sqrt(np.diag(proposal.root @ proposal.root.T))
+    assert np.all(np.abs(centres[0] - proposal.loc) < 4 * root / np.sqrt(60))
+    np.testing.assert_allclose(centres[1], result.samples[0].mean(0), atol=1e-5)
+    np.testing.assert_allclose(result.posterior.default_x, result.summary(observed), rtol=1e-5)
+
+
+def test_the_first_centre_is_the_fiducial_without_a_proposal(linear, observed):
+    centres = []
+
+    def summary_at(theta0):
+        centres.append(np.asarray(theta0))
+        return lambda x: x[:2] - theta0.sum()
+
+    fit = FIT | {"max_epochs": 1}
+    ds.rounds(linear, observed, ds.NPE(linear, gaussian), jax.random.key(2), summary_at=summary_at, n_rounds=1, fit=fit)
+    np.testing.assert_array_equal(centres, [linear.fiducial])
+
+
+def test_a_folder_goes_on_where_it_was_left(linear, observed, tmp_path, monkeypatch):
+    run = functools.partial(
+        ds.rounds, linear, observed, ds.NPE(linear, gaussian), summary_at=functools.partial(MarginalScore, linear),
+        proposal=starting(linear, observed), folder=tmp_path, block_size=25, **RECENTRED | {"fit": {"max_epochs": 3}},
+    )  # fmt: skip
+    real, calls = type(linear).draw, []
+
+    def draw(self, key, n, *args, **options):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append((n, options["start"]))
+        return real(self, key, n, *args, **options)
+
+    monkeypatch.setattr(type(linear), "draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        run(jax.random.key(2))
+    assert calls == [(25, 0), (25, 25), (10, 50), (25, 0)]
+    del calls[:2]
+    again = run(jax.random.key(2))
+    assert calls == [(10, 50), (25, 0), (25, 25), (10, 50)]  # the second round's from its second block on
+    monkeypatch.setattr(type(linear), "draw", real)
+    whole = run(jax.random.key(2), folder=tmp_path / "other")
+    np.testing.assert_allclose(again.samples, whole.samples, rtol=1e-5)
+    with pytest.raises(ValueError, match="another configuration.*key"):
+        run(jax.random.key(3))
+    with pytest.raises(ValueError, match="to hold round 2 of this call; its theta are others"):
+        run(jax.random.key(2), widen=3.0)
+
+
+def test_what_needs_an_empty_estimator_or_one_summary_is_refused(linear, observed):
+    start = ds.NPE(linear, gaussian)
+    draws = linear.draw(jax.random.key(3), 20)
+    start.append(draws.theta, draws.x, draws.score)
+    anew = functools.partial(MarginalScore, linear)
+    with pytest.raises(ValueError, match=r"without simulations for summary_at=...; it has 20"):
+        ds.rounds(linear, observed, start, jax.random.key(0), summary_at=anew)
+    with pytest.raises(ValueError, match=r"without simulations for proposal=...; it has 20"):
+        ds.rounds(linear, observed, start, jax.random.key(0), proposal=starting(linear, observed))
+    with pytest.raises(ValueError, match="summary or summary_at; got both"):
+        ds.rounds(linear, observed, ds.NPE(linear), jax.random.key(0), summary_at=anew, summary=jnp.ravel)

@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "simulators": BOTTOM | {"cosmology", "integrators"},
     "summaries": BOTTOM,
     "flows": BOTTOM,
-    "inference": BOTTOM | {"flows", "summaries", "sampling"},
+    "inference": BOTTOM | {"flows", "summaries", "sampling", "store"},
     "compression": BOTTOM | {"flows", "inference", "integrators", "simulators"},
     "sampling": BOTTOM | {"simulators", "cosmology", "integrators"},
     "diagnostics": BOTTOM,

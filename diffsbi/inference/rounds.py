@@ -1,15 +1,25 @@
 """Sequential inference: simulate where the posterior of one observation is, and fit, until it no longer moves."""
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, Key, check_key
 from diffsbi.inference.estimator import Estimator
-from diffsbi.inference.posterior import FittedPosterior
+from diffsbi.inference.posterior import DensityPosterior, FittedPosterior
+from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
+from diffsbi.prior import Prior
+from diffsbi.store import create_store
+
+Summary = Callable[[Array], Array]
 
 
 class Rounds(eqx.Module):
@@ -21,6 +31,7 @@ class Rounds(eqx.Module):
         moved: For each round after the first, the largest change of a mean (in widths) or of a log-width.
         simulations: Simulations of all rounds.
         stop_reason: Why it ended.
+        summary: What the posterior is given: data of one simulation → `(d,)`.
     """
 
     posterior: FittedPosterior
@@ -28,6 +39,7 @@ class Rounds(eqx.Module):
     moved: tuple[float, ...]
     simulations: int
     stop_reason: str = eqx.field(static=True)
+    summary: Summary
 
 
 def rounds(
@@ -38,21 +50,33 @@ def rounds(
     *,
     n_rounds: int = 5,
     n_per_round: int = 200,
-    summary: Callable[[Array], Array] | None = None,
+    proposal: GaussianProposal | None = None,
+    widen: float = 1.25,
+    summary: Summary | None = None,
+    summary_at: Callable[[Array], Summary] | None = None,
     with_score: bool = True,
     latents: str | None = None,
     n_average: int = 1,
     n_samples: int = 2000,
     tolerance: float = 0.1,
     fit: dict | None = None,
+    folder: str | Path | None = None,
+    block_size: int = 10,
+    progress: bool = False,
 ) -> Rounds:
     r"""Sequential estimation of p(theta | x) for one observation.
 
-    The first round draws from the prior (where `estimator` has no simulations yet), later ones from the fitted
-    posterior's `propose`: likelihoods and ratios from the posterior itself, which needs no correction; posteriors from
-    the prior cut to the region that holds all but 1e-4 of the posterior (TSNPE, Deistler et al. 2022,
-    arXiv:2210.04815), where the posterior, and its score, is what it was under the whole prior. Simulations outside
-    that region are then left out.
+    The first round draws from the prior or from `proposal` (where `estimator` has no simulations yet), later ones from
+    where the posterior of the last is. Likelihoods and ratios: from that posterior itself, which needs no correction.
+    Posteriors: from the prior cut to the region that holds all but 1e-4 of the posterior (TSNPE, Deistler et al. 2022,
+    arXiv:2210.04815), where the posterior, and its score, is what it was under the whole prior; simulations outside
+    that region are left out. Once any simulations were not from the prior: from a normal with the moments of the
+    posterior, `widen` times as wide, all of which are kept and corrected for the mixture they come from together (NPE's
+    `correction`).
+
+    Statistics that lose little only near one $\theta_0$ (the marginal score, the score compression) can be made anew,
+    for the simulations of all rounds, at the mean of the last posterior:
+    `summary_at=functools.partial(MarginalScore, sim)`.
 
     Args:
         sim: The simulator.
@@ -61,39 +85,160 @@ def rounds(
         key: A typed JAX key.
         n_rounds: Most rounds.
         n_per_round: Simulations of each.
+        proposal: Where the first round draws from, such as a power-spectrum posterior; None for the prior.
+        widen: Factor on the standard deviations of the normals that later rounds draw from.
         summary: Data of one simulation → `(d,)`; by default the flattened data.
+        summary_at: Instead of `summary`: theta0 → such a function. theta0 is the centre of the first round's draws
+            (without `proposal`, the fiducial), then of the posterior's.
         with_score: Whether the scores are used.
         latents: Latent coordinate of the scores; by default "whitened" where the simulator offers it.
         n_average: Draws of the latents that a score is averaged over.
         n_samples: Posterior draws after each round, by which its motion is measured.
         tolerance: Stop when no mean moves by more than this many widths, and no width by more than this fraction.
         fit: Keywords of `Estimator.fit`.
+        folder: Where simulations and their summaries are kept, block by block; the same call goes on from there.
+        block_size: Rows of a block.
+        progress: Show a bar for each round.
+
+    Raises:
+        ValueError: Settings that make no sense, an estimator with simulations where they would need other summaries or
+            had another proposal, or a folder of another call.
+        OSError: If the disk is full.
     """
     if n_rounds < 1 or n_per_round < 1 or not tolerance > 0:
         got = f"{n_rounds}, {n_per_round} and {tolerance}"
         raise ValueError(f"Expected n_rounds >= 1, n_per_round >= 1 and tolerance > 0; got {got}.")
+    if summary is not None and summary_at is not None:
+        raise ValueError("Expected summary or summary_at; got both.")
+    if len(estimator) and (summary_at is not None or proposal is not None):
+        which = "summary_at" if summary_at is not None else "proposal"
+        raise ValueError(f"Expected an estimator without simulations for {which}=...; it has {len(estimator)}.")
+    x, latents = jnp.asarray(x, jnp.result_type(float)), sim.best_latents(latents)
+    scores = dict(with_score=with_score, latents=latents, n_average=n_average)
+    files = _Files(folder, block_size, progress, sim, scores, x, check_key(key))
     summary = jnp.ravel if summary is None else summary
-    latents = sim.best_latents(latents)
-    observed = summary(jnp.asarray(x))
     posterior: FittedPosterior | None = None
-    samples, moved, reason, simulations = [], [], "n_rounds reached", 0
-    for r, key_round in enumerate(jax.random.split(check_key(key), n_rounds)):
+    parts: list[_Part] = []
+    samples, moved, reason = [], [], "n_rounds reached"
+    for r, key_round in enumerate(jax.random.split(key, n_rounds)):
         key_theta, key_draw, key_fit, key_sample = jax.random.split(key_round, 4)
         if r > 0 or not len(estimator):
-            theta, inside = posterior.propose(key_theta, n_per_round) if posterior is not None else (None, None)
-            options = dict(with_score=with_score, latents=latents, n_average=n_average)
-            draws = sim.draw(key_draw, n_per_round, theta, **options)
-            t = jax.lax.map(summary, draws.x)
-            estimator = estimator.restricted(inside).append(draws.theta, t, draws.score)
-            simulations += n_per_round
-        posterior = estimator.fit(key_fit, **(fit or {})).condition(observed)
+            if posterior is None:
+                theta, inside = (sim.prior if proposal is None else proposal).sample(key_theta, (n_per_round,)), None
+            elif isinstance(posterior, DensityPosterior) and any(part.proposal is not None for part in parts):
+                proposal = gaussian_proposal(sim, samples[-1], widen)
+                theta, inside = proposal.sample(key_theta, (n_per_round,)), None
+            else:
+                theta, inside = posterior.propose(key_theta, n_per_round)
+            if summary_at is not None:
+                known = samples[-1] if samples else theta
+                summary = summary_at(sim.fiducial if r == 0 and proposal is None else _centre(sim.prior, known))
+            estimator, parts = estimator.restricted(inside), [part.restricted(inside) for part in parts]
+            part = files.simulations(r, theta, key_draw, None if summary_at is not None else summary)
+            parts.append(part._replace(proposal=proposal))
+        data = [part.x for part in parts] if summary_at is None else files.summaries(r, summary, parts)
+        observed = _summarised(summary, x[None])[0]
+        posterior = _with(estimator, parts, data).fit(key_fit, **(fit or {})).condition(observed)
         samples.append(np.asarray(posterior.sample(key_sample, n_samples)))
         if r > 0:
             moved.append(_motion(samples[-2], samples[-1]))
             if moved[-1] < tolerance:
                 reason = f"moved by {moved[-1]:.3f} < {tolerance}"
                 break
-    return Rounds(posterior, np.stack(samples), tuple(moved), simulations, reason)
+    simulations = n_per_round * len(parts)
+    return Rounds(posterior, np.stack(samples), tuple(moved), simulations, reason, summary)
+
+
+class _Part(NamedTuple):
+    """Simulations of one round: their data where these are to be summarised again, else their summaries."""
+
+    theta: np.ndarray
+    x: np.ndarray
+    score: np.ndarray | None
+    used: np.ndarray
+    proposal: Any = None
+
+    def restricted(self, inside) -> "_Part":
+        return self if inside is None else self._replace(used=self.used & inside(self.theta))
+
+
+def _with(estimator: Estimator, parts: list[_Part], data: list[np.ndarray]) -> Estimator:
+    """A copy of the estimator that has the simulations as well."""
+    estimator = estimator.restricted()
+    for part, t in zip(parts, data, strict=True):
+        rows = part.used
+        estimator.append(
+            part.theta[rows], t[rows], None if part.score is None else part.score[rows], proposal=part.proposal
+        )
+    return estimator
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Simulates and summarises, block by block, in stores within `folder` where there is one."""
+
+    folder: str | Path | None
+    block_size: int
+    progress: bool
+    sim: Any
+    scores: dict[str, Any]
+    x: Array
+    key: Key
+
+    def simulations(self, r: int, theta, key: Key, summary: Summary | None) -> _Part:
+        """Simulations at `theta`, with their summaries or, without a summary, their data."""
+        options, theta = dict(self.scores), np.asarray(theta)
+
+        def make(start: int, count: int) -> dict[str, Array]:
+            if options["with_score"] and options["n_average"] > 1 and "n_steps" not in options:
+                options["n_steps"] = self.sim.averaging_steps(key, options["latents"])
+            draws = self.sim.draw(key, count, jnp.asarray(theta[start : start + count]), start=start, **options)
+            x = draws.x if summary is None else _summarised(summary, draws.x)
+            return dict(theta=draws.theta, x=x) | ({} if draws.score is None else {"score": draws.score})
+
+        shape = self.x.shape if summary is None else jax.eval_shape(summary, self.x).shape
+        shapes = dict(theta=theta.shape[1:], x=shape) | ({"score": theta.shape[1:]} if options["with_score"] else {})
+        rows = self._rows(f"round {r + 1} simulations", len(theta), shapes, make)
+        if not np.allclose(rows["theta"], theta, rtol=1e-3):
+            raise ValueError(f"Expected {self.folder} to hold round {r + 1} of this call; its theta are others.")
+        return _Part(rows["theta"], rows["x"], rows.get("score"), np.ones(len(theta), bool))
+
+    def summaries(self, r: int, summary: Summary, parts: list[_Part]) -> list[np.ndarray]:
+        """Of the data of all parts."""
+        x = np.concatenate([part.x for part in parts])
+
+        def make(start: int, count: int) -> dict[str, Array]:
+            return {"t": _summarised(summary, jnp.asarray(x[start : start + count]))}
+
+        shapes = {"t": jax.eval_shape(summary, self.x).shape}
+        t = self._rows(f"round {r + 1} summaries", len(x), shapes, make)["t"]
+        return np.split(t, np.cumsum([len(part.x) for part in parts])[:-1])
+
+    def _rows(self, what: str, n: int, shapes, make: Callable[[int, int], dict[str, Array]]) -> dict[str, np.ndarray]:
+        if self.folder is None:
+            size = self.block_size if self.progress else n
+            starts = tqdm(range(0, n, size), desc=what, unit="block", disable=not self.progress)
+            blocks = [make(start, min(size, n - start)) for start in starts]
+            return {name: np.concatenate([block[name] for block in blocks]) for name in shapes}
+        words = jax.random.key_data(self.key).tolist()
+        config = self.scores | dict(key=words, observed=hashlib.sha256(np.asarray(self.x).tobytes()).hexdigest())
+        store = create_store(
+            Path(self.folder) / what.replace(" ", "_"), config=config, seed=words[-1], names=self.sim.names, n=n,
+            arrays=shapes, block_size=self.block_size, dtype=str(self.x.dtype),
+        )  # fmt: skip
+        for block in store.each_missing(self.progress, what):
+            store.write(block, {name: np.asarray(a) for name, a in make(block.start, len(block)).items()})
+        return store.load()
+
+
+@eqx.filter_jit
+def _summarised(summary: Summary, x: Array) -> Array:
+    return jax.lax.map(summary, x)
+
+
+def _centre(prior: Prior, theta) -> Array:
+    """The mean in unconstrained space, of parameters again."""
+    return prior.from_unconstrained(jnp.asarray(prior.unconstrained_moments(theta)[0], jnp.result_type(float)))
 
 
 def _motion(before: Float[Array, "n p"], after: Float[Array, "n p"]) -> float:
