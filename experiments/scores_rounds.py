@@ -1,10 +1,11 @@
 """How many simulations does one lensing map take in rounds? NPE and NLE, without scores and with scores of less noise.
 
 One simulated LSST-Y10 map; after every round the posterior is compared with the converged full-field chain of that map
-by C2ST. The first round draws from the power-spectrum posterior of the map, later ones from where the last posterior
-is. Maps are compressed to their marginal score at the centre of that posterior, which loses least there: the numbers of
-the simulations of all rounds are made anew in every round (`ds.rounds(..., summary_at=...)`), for gradients but no
-simulations. All kinds of scores have the same first round.
+by C2ST. The first round draws from the power-spectrum posterior of the map, from that of a short path
+(`path_posterior`: gradients, no simulations; a new path for each seed), or from the prior; later ones from where the
+last posterior is. Maps are compressed to their marginal score at the centre of that posterior, which loses least there:
+the numbers of the simulations of all rounds are made anew in every round (`ds.rounds(..., summary_at=...)`), for
+gradients but no simulations. All kinds of scores have the same first round.
 """
 
 import dataclasses
@@ -13,24 +14,31 @@ import itertools
 from pathlib import Path
 
 import jax
+import numpy as np
 
 import diffsbi as ds
-from diffsbi._files import read_json, write_json, write_npz
+from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.compression import MarginalScore
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import MERITS, MapConfig, about, begin, distances, merits, spectrum_proposal
 from experiments.scores_lensing import ESTIMATORS, score_name
 
-STAGES = ("observed", "reference", "spectrum", "rounds")
+STAGES = ("observed", "reference", "spectrum", "paths", "rounds")
+PROPOSALS = ("spectrum", "path", "prior")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(MapConfig):
-    """`n_rounds` of `n_per_round` simulations; `turns` of `MarginalScore`; `scores`: latents, averaged draws."""
+    """`n_rounds` of `n_per_round` simulations, the first from one of PROPOSALS; `n_points` of a path.
 
-    n_rounds: int = 4
-    n_per_round: int = 25
+    `turns` of `MarginalScore`; `scores`: latents, averaged draws.
+    """
+
+    proposal: str = "spectrum"
+    n_points: int = 24
+    n_rounds: int = 2
+    n_per_round: int = 50
     turns: int = 12
     seeds: int = 5
     estimators: tuple[str, ...] = ("NPE",)
@@ -41,12 +49,13 @@ class Config(MapConfig):
 
 PRESETS = {
     "smoke": Config(
-        n_pix=16, n_rounds=2, n_per_round=20, turns=4, seeds=1, scores=(("whitened", 2),), n_samples=200, members=1,
+        n_pix=16, proposal="path", n_per_round=20, turns=4, seeds=1, scores=(("whitened", 2),), n_samples=200, members=1,
         ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
     ),
     "paper": Config(estimators=tuple(ESTIMATORS)),
     # The full configuration.
     "large": Config(n_pix=256, ess=1000.0, scores=(("whitened", 4),)),
+    "large_path": Config(n_pix=256, ess=1000.0, scores=(("whitened", 4),), proposal="path"),
 }  # fmt: skip
 
 
@@ -54,32 +63,58 @@ def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `distances.json`, print the table."""
     if cfg.n_rounds < 1 or cfg.seeds < 1:
         raise ValueError(f"Expected n_rounds >= 1 and seeds >= 1; got {cfg.n_rounds} and {cfg.seeds}.")
+    if cfg.proposal not in PROPOSALS:
+        raise ValueError(f"Expected a proposal among {PROPOSALS}; got {cfg.proposal!r}.")
     sim, run, x, chain = begin(cfg, "scores_rounds", out, STAGES)
-    proposal = spectrum_proposal(cfg, sim, x, run)
-    rows = []
-    for seed, name, kind in itertools.product(range(cfg.seeds), cfg.estimators, (None, *cfg.scores)):
-        path = out / "fits" / f"{name}_{score_name(kind)}_{seed}.json"
-        if not path.exists():
-            print(path.stem, flush=True)
-            theta = _posteriors(cfg, sim, x, proposal, name, kind, run.key("rounds"), seed, out / "rounds" / path.stem)
-            write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
-            account = [distances(t, {"c2st": chain}, sim.names, seed) | merits(t, chain, sim.names) for t in theta]
-            write_json(path, account)
-        for r, row in enumerate(read_json(path)):
-            rows.append(row | dict(estimator=name, score=score_name(kind), n=(r + 1) * cfg.n_per_round, seed=seed))
-    write_json(out / "distances.json", dict(rows=rows, **about(sim)))
+    rows, first = [], []
+    for seed in range(cfg.seeds):
+        proposal = _proposal(cfg, sim, x, run, seed)
+        if proposal is not None:
+            theta = proposal.sample(jax.random.fold_in(run.key("paths"), seed), (cfg.n_samples,))
+            first.append({"n": 0, "of": "proposal"} | distances(np.asarray(theta), {"c2st": chain}, sim.names, seed))
+        for name, kind in itertools.product(cfg.estimators, (None, *cfg.scores)):
+            path = out / "fits" / f"{name}_{score_name(kind)}_{seed}.json"
+            if not path.exists():
+                print(path.stem, flush=True)
+                key = jax.random.fold_in(run.key("rounds"), seed)
+                theta = _posteriors(cfg, sim, x, proposal, name, kind, key, out / "rounds" / path.stem)
+                write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
+                found = [distances(t, {"c2st": chain}, sim.names, seed) | merits(t, chain, sim.names) for t in theta]
+                write_json(path, found)
+            for r, row in enumerate(read_json(path)):
+                rows.append(row | dict(estimator=name, score=score_name(kind), n=(r + 1) * cfg.n_per_round, seed=seed))
+    write_json(out / "distances.json", dict(rows=rows, first=first, **about(sim)))
     for value, title in ({"c2st": "C2ST against the full field"} | MERITS).items():
         print(f"\n{title}, mean and standard error over {cfg.seeds} seeds")
         print_table(rows, ("estimator", "score"), value)
     for name, kind in itertools.product(cfg.estimators, cfg.scores):
         print_saved(rows, {"estimator": name}, score_name(kind))
+    if first:
+        print(f"\nThe proposal of the first round ({cfg.proposal}, {cfg.widen} times as wide)")
+        print_table(first, ("of",))
 
 
-def _posteriors(cfg: Config, sim, x, proposal, name: str, kind, key, seed: int, folder: Path):
+def _proposal(cfg: Config, sim, x, run, seed: int) -> ds.inference.GaussianProposal | None:
+    """Where the seed's first round draws from."""
+    if cfg.proposal == "prior":
+        return None
+    if cfg.proposal == "spectrum":
+        return spectrum_proposal(cfg, sim, x, run)
+    key, path = jax.random.fold_in(run.key("paths"), seed), run.path("paths", f"{seed}.npz")
+    if not path.exists():
+        folder = run.path("paths", f"{seed}")
+        settings = dict(n_points=cfg.n_points, until_error=None, folder=folder, progress=True)
+        found = ds.path_posterior(sim, x, key, **settings)
+        theta = found.sample(jax.random.fold_in(key, 1), 2 * cfg.n_samples)
+        write_npz(path, {"theta": np.asarray(theta), "gradients": np.asarray(found.gradients)})
+    return ds.gaussian_proposal(sim, load_npz(path)["theta"], cfg.widen)
+
+
+def _posteriors(cfg: Config, sim, x, proposal, name: str, kind, key, folder: Path) -> np.ndarray:
     """Draws after each round, `(n_rounds, n_samples, p)`."""
     latents, n_average = ("whitened", 1) if kind is None else kind
     result = ds.rounds(
-        sim, x, ESTIMATORS[name](sim.prior), jax.random.fold_in(key, seed), proposal=proposal, widen=cfg.widen,
+        sim, x, ESTIMATORS[name](sim.prior), key, proposal=proposal, widen=cfg.widen,
         n_rounds=cfg.n_rounds, n_per_round=cfg.n_per_round, n_samples=cfg.n_samples, tolerance=1e-9,
         summary_at=functools.partial(MarginalScore, sim, n_turns=cfg.turns),
         with_score=kind is not None, latents=latents, n_average=n_average, fit={"members": cfg.members},

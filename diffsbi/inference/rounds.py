@@ -119,7 +119,9 @@ def rounds(
     summary = jnp.ravel if summary is None else summary
     posterior: FittedPosterior | None = None
     parts: list[_Part] = []
-    samples, moved, reason = [], [], "n_rounds reached"
+    samples: list[np.ndarray] = []
+    moved: list[float] = []
+    reason = "n_rounds reached"
     for r, key_round in enumerate(jax.random.split(key, n_rounds)):
         key_theta, key_draw, key_fit, key_sample = jax.random.split(key_round, 4)
         if r > 0 or not len(estimator):
