@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import digamma, polygamma
@@ -14,6 +15,7 @@ from diffsbi._files import load_npz, write_npz
 from diffsbi.comparison import prior_bounds
 from diffsbi.diagnostics import c2st, compare_moments, figure_of_merit, sbc_ranks, sbc_test, tarp
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
+from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.runs import Run, start_run
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
 
@@ -136,6 +138,30 @@ def calibration(samples, theta) -> dict:
         observations=len(theta), rank_p_values=p_values,
         tarp_p_value=ball.p_value, levels=ball.levels.tolist(), shares=ball.coverage.tolist(),
     )  # fmt: skip
+
+
+def draws_under(posterior, proposal, t, key, n: int = 200) -> np.ndarray:
+    """`n` draws `(m, n, p)` of the posteriors of m rows of numbers, with `proposal` for the prior unless it is None."""
+    key_draw, key_choose = jax.random.split(key)
+    if isinstance(posterior, ReweightedPosterior):
+        samples = posterior.under_proposal().sample(key_draw, n, t)
+    elif proposal is None:
+        samples = posterior.sample(key_draw, n, t)
+    else:  # draws under the prior, those under the proposal chosen among them
+        theta = posterior.sample(key_draw, 5 * n, t)
+        log_weight = proposal.log_prob(theta) - posterior.prior.log_prob(theta)
+        order = jnp.argsort(log_weight + jax.random.gumbel(key_choose, log_weight.shape), axis=0)[-n:]
+        samples = jnp.take_along_axis(theta, order[..., None], axis=0)
+    return np.asarray(samples).swapaxes(0, 1)
+
+
+def print_calibration(cases: list[dict], names) -> None:
+    """A line for each case: `calibration` with its estimator, score and n."""
+    for case in cases:
+        if case is cases[0]:
+            print(f"\nCalibration on {case['observations']} observations: p-values of TARP and of the ranks of {names}")
+        ranks = " ".join(f"{p:.3f}" for p in case["rank_p_values"])
+        print(f"{case['estimator']} {case['score']:12} {case['n']:6}: {case['tarp_p_value']:.3f}; {ranks}")
 
 
 def merits(theta, chain, names) -> dict[str, float]:

@@ -19,14 +19,12 @@ import itertools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.compression import LatentScores, MarginalScore
-from diffsbi.inference.reweighted import ReweightedPosterior
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import (
@@ -37,9 +35,11 @@ from experiments.lensing import (
     calibration,
     compress,
     distances,
+    draws_under,
     in_blocks,
     lost,
     merits,
+    print_calibration,
     spectrum_proposal,
     summarised,
 )
@@ -137,10 +137,7 @@ def main(cfg: Config, out: Path) -> None:
         for name, kind in itertools.product(cfg.estimators, cfg.scores if value not in MERITS else ()):
             print_saved(rows, {"estimator": name}, score_name(kind), value)
     print(f"What the summaries hold against the full field: {limit}")
-    print(f"\nCalibration on {cfg.n_coverage} observations: p-values of TARP and of the ranks of {sim.names}")
-    for case in coverage:
-        ranks = " ".join(f"{p:.3f}" for p in case["rank_p_values"])
-        print(f"{case['estimator']} {case['score']:12} {case['n']:6}: {case['tarp_p_value']:.3f}; {ranks}")
+    print_calibration(coverage, sim.names)
 
 
 def _check_sizes(cfg: Config) -> None:
@@ -224,21 +221,12 @@ def _draws(posterior, key, n: int, x) -> np.ndarray:
     return np.asarray(posterior.sample(jax.random.split(key)[1], n, x))
 
 
-def _at_observations(cfg: Config, posterior, proposal, many, seed: int, key, n: int = 200) -> dict[str, np.ndarray]:
+def _at_observations(cfg: Config, posterior, proposal, many, seed: int, key) -> dict[str, np.ndarray]:
     """This seed's share of the test observations, none of which was trained on: their parameters, and draws."""
     share = cfg.n_coverage // cfg.seeds
     rows = slice(len(many["theta"]) - (seed + 1) * share, len(many["theta"]) - seed * share)
-    key_draw, key_choose = jax.random.split(jax.random.fold_in(key, 1))
-    if isinstance(posterior, ReweightedPosterior):
-        samples = np.asarray(posterior.under_proposal().sample(key_draw, n, many["t"][rows]))
-    elif proposal is None:
-        samples = np.asarray(posterior.sample(key_draw, n, many["t"][rows]))
-    else:  # draws under the prior, those under the proposal chosen among them
-        theta = posterior.sample(key_draw, 5 * n, many["t"][rows])
-        log_weight = proposal.log_prob(theta) - posterior.prior.log_prob(theta)
-        order = jnp.argsort(log_weight + jax.random.gumbel(key_choose, log_weight.shape), axis=0)[-n:]
-        samples = np.asarray(jnp.take_along_axis(theta, order[..., None], axis=0))
-    return dict(theta=many["theta"][rows], samples=samples.swapaxes(0, 1))
+    samples = draws_under(posterior, proposal, many["t"][rows], jax.random.fold_in(key, 1))
+    return dict(theta=many["theta"][rows], samples=samples)
 
 
 def _calibration(cfg: Config, out: Path, n: int, score: str, name: str) -> dict:

@@ -6,6 +6,9 @@ by C2ST. The first round draws from the power-spectrum posterior of the map, fro
 last posterior is. Maps are compressed to their marginal score at the centre of that posterior, which loses least there:
 the numbers of the simulations of all rounds are made anew in every round (`ds.rounds(..., summary_at=...)`), for
 gradients but no simulations. All kinds of scores have the same first round.
+
+Calibration (SBC ranks, TARP) is that of the first round's fits, on `n_coverage` simulated observations, shared out
+among the seeds, from where that round drew: later rounds are for one observation.
 """
 
 import dataclasses
@@ -21,10 +24,22 @@ from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.compression import MarginalScore
 from experiments import command_line
 from experiments.curves import print_saved, print_table
-from experiments.lensing import MERITS, MapConfig, about, begin, distances, merits, spectrum_proposal
+from experiments.lensing import (
+    MERITS,
+    MapConfig,
+    about,
+    begin,
+    calibration,
+    distances,
+    draws_under,
+    merits,
+    print_calibration,
+    spectrum_proposal,
+    summarised,
+)
 from experiments.scores_lensing import ESTIMATORS, score_name
 
-STAGES = ("observed", "reference", "spectrum", "paths", "rounds")
+STAGES = ("observed", "reference", "spectrum", "paths", "rounds", "tests")
 PROPOSALS = ("spectrum", "path", "prior")
 
 
@@ -43,14 +58,15 @@ class Config(MapConfig):
     seeds: int = 5
     estimators: tuple[str, ...] = ("NPE",)
     scores: tuple[tuple[str, int], ...] = (("white", 1), ("whitened", 4))
+    n_coverage: int = 500
     n_samples: int = 2000
     members: int = 2
 
 
 PRESETS = {
     "smoke": Config(
-        n_pix=16, proposal="path", n_per_round=20, turns=4, seeds=1, scores=(("whitened", 2),), n_samples=200, members=1,
-        ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
+        n_pix=16, proposal="path", n_per_round=20, turns=4, seeds=1, scores=(("whitened", 2),), n_coverage=20,
+        n_samples=200, members=1, ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
     ),
     "paper": Config(estimators=tuple(ESTIMATORS)),
     # The full configuration.
@@ -63,6 +79,8 @@ def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `distances.json`, print the table."""
     if cfg.n_rounds < 1 or cfg.seeds < 1:
         raise ValueError(f"Expected n_rounds >= 1 and seeds >= 1; got {cfg.n_rounds} and {cfg.seeds}.")
+    if cfg.n_coverage < cfg.seeds:
+        raise ValueError(f"Expected n_coverage >= seeds ({cfg.seeds}); got {cfg.n_coverage}.")
     if cfg.proposal not in PROPOSALS:
         raise ValueError(f"Expected a proposal among {PROPOSALS}; got {cfg.proposal!r}.")
     sim, run, x, chain = begin(cfg, "scores_rounds", out, STAGES)
@@ -77,13 +95,17 @@ def main(cfg: Config, out: Path) -> None:
             if not path.exists():
                 print(path.stem, flush=True)
                 key = jax.random.fold_in(run.key("rounds"), seed)
-                theta = _posteriors(cfg, sim, x, proposal, name, kind, key, out / "rounds" / path.stem)
+                work = functools.partial(_rounds, cfg, sim, x, proposal, name, kind, key, out / "rounds" / path.stem)
+                write_npz(path.with_suffix(".npz"), _tested(cfg, sim, proposal, work(1), run, seed))
+                theta = work(cfg.n_rounds).samples
                 write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
                 found = [distances(t, {"c2st": chain}, sim.names, seed) | merits(t, chain, sim.names) for t in theta]
                 write_json(path, found)
             for r, row in enumerate(read_json(path)):
                 rows.append(row | dict(estimator=name, score=score_name(kind), n=(r + 1) * cfg.n_per_round, seed=seed))
-    write_json(out / "distances.json", dict(rows=rows, first=first, **about(sim)))
+    fitted = dict.fromkeys((r["estimator"], r["score"]) for r in rows)
+    coverage = [_calibration(cfg, out, *case) for case in fitted]
+    write_json(out / "distances.json", dict(rows=rows, first=first, coverage=coverage, **about(sim)))
     for value, title in ({"c2st": "C2ST against the full field"} | MERITS).items():
         print(f"\n{title}, mean and standard error over {cfg.seeds} seeds")
         print_table(rows, ("estimator", "score"), value)
@@ -92,6 +114,7 @@ def main(cfg: Config, out: Path) -> None:
     if first:
         print(f"\nThe proposal of the first round ({cfg.proposal}, {cfg.widen} times as wide)")
         print_table(first, ("of",))
+    print_calibration(coverage, sim.names)
 
 
 def _proposal(cfg: Config, sim, x, run, seed: int) -> ds.inference.GaussianProposal | None:
@@ -110,17 +133,32 @@ def _proposal(cfg: Config, sim, x, run, seed: int) -> ds.inference.GaussianPropo
     return ds.gaussian_proposal(sim, load_npz(path)["theta"], cfg.widen)
 
 
-def _posteriors(cfg: Config, sim, x, proposal, name: str, kind, key, folder: Path) -> np.ndarray:
-    """Draws after each round, `(n_rounds, n_samples, p)`."""
+def _rounds(cfg: Config, sim, x, proposal, name: str, kind, key, folder: Path, n_rounds: int) -> ds.inference.Rounds:
+    """The first rounds of one seed; their simulations stay in `folder`."""
     latents, n_average = ("whitened", 1) if kind is None else kind
-    result = ds.rounds(
+    return ds.rounds(
         sim, x, ESTIMATORS[name](sim.prior), key, proposal=proposal, widen=cfg.widen,
-        n_rounds=cfg.n_rounds, n_per_round=cfg.n_per_round, n_samples=cfg.n_samples, tolerance=1e-9,
+        n_rounds=n_rounds, n_per_round=cfg.n_per_round, n_samples=cfg.n_samples, tolerance=1e-9,
         summary_at=functools.partial(MarginalScore, sim, n_turns=cfg.turns),
         with_score=kind is not None, latents=latents, n_average=n_average, fit={"members": cfg.members},
         folder=folder, progress=True,
     )  # fmt: skip
-    return result.samples
+
+
+def _tested(cfg: Config, sim, proposal, first: ds.inference.Rounds, run, seed: int) -> dict[str, np.ndarray]:
+    """Parameters of this seed's test observations, and draws of the first round's posterior of each."""
+    key_theta, key_draw, key = jax.random.split(jax.random.fold_in(run.key("tests"), seed), 3)
+    n, source = cfg.n_coverage // cfg.seeds, sim.prior if proposal is None else proposal
+    theta = source.sample(key_theta, (n,))
+    t = summarised(sim, first.summary.many, key_draw, n, theta, folder=run.folder / "tests" / str(seed))
+    return dict(theta=np.asarray(theta), samples=draws_under(first.posterior, proposal, t, key))
+
+
+def _calibration(cfg: Config, out: Path, name: str, score: str) -> dict:
+    """Ranks and TARP over the observations of all seeds."""
+    found = [load_npz(out / "fits" / f"{name}_{score}_{seed}.npz") for seed in range(cfg.seeds)]
+    samples, theta = (np.concatenate([f[part] for f in found]) for part in ("samples", "theta"))
+    return dict(estimator=name, score=score, n=cfg.n_per_round) | calibration(samples, theta)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""C2ST against the full field after each round, by score; contours of the last: `experiments.scores_rounds`."""
+"""C2ST against the full field after each round, by score; coverage; contours: `experiments.scores_rounds`."""
 
 from pathlib import Path
 
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
-from paper_figures import command_line, compared, mean_points
+from paper_figures import command_line, compared, coverage, mean_points
 from paper_figures.scores_lensing import TITLES
 
 
@@ -19,6 +19,8 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         figures[f"scores_rounds_{estimator.lower()}"] = plotting.curves(
             points, label, "C2ST against the full field", {}, log_y=False
         )
+    by_title = {f"{case['estimator']}, {TITLES.get(case['score'], case['score'])}": case for case in found["coverage"]}
+    figures["scores_rounds_coverage"] = coverage(by_title)
     figures["scores_rounds_contours"] = _contours(found, folder)
     return figures
 
