@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -110,6 +112,13 @@ def test_settings_are_changed_by_name():
                         ("size=1.5", "size of type int"), ("width=a", "width of type float")):  # fmt: skip
         with pytest.raises(ValueError, match=told):
             changed(Settings(), [wrong])
+
+
+def test_make_figures_runs_every_experiment():
+    """All but the one that needs files of its own: a figure without its run would end the whole command."""
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text().replace("\\\n", " ")
+    listed = re.search(r"^EXPERIMENTS := (.*)$", makefile, re.MULTILINE).group(1).split()
+    assert sorted(listed) == sorted({"demo", "full_field", "sampling", *QUICK, *LONG} - {"sbibm_tasks"})
 
 
 @pytest.mark.parametrize("name", ["demo", "full_field", "sampling", *QUICK, *LONG])
