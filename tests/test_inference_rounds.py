@@ -75,9 +75,18 @@ def test_a_region_with_little_prior_is_told(linear, observed):
         truncated_prior(posterior, jax.random.key(5), 90_000, observed, most_candidates=20_000)
 
 
-@pytest.mark.parametrize("wrong", [{"n_rounds": 0}, {"n_per_round": 0}, {"tolerance": 0.0}])
-def test_refusals(linear, observed, wrong):
-    with pytest.raises(ValueError, match="Expected n_rounds >= 1, n_per_round >= 1 and tolerance > 0"):
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"n_rounds": 0}, "Expected n_rounds >= 1, n_per_round >= 1 and tolerance > 0; got 0, 200 and 0.1"),
+        ({"n_per_round": 0}, "Expected n_rounds >= 1, n_per_round >= 1 and tolerance > 0; got 5, 0"),
+        ({"tolerance": 0.0}, "Expected n_rounds >= 1, n_per_round >= 1 and tolerance > 0; got 5, 200 and 0"),
+        ({"block_size": 0}, "Expected block_size >= 1 and a finite widen > 0; got 0"),
+        ({"widen": -1.0}, "Expected block_size >= 1 and a finite widen > 0; got 10 and -1"),
+    ],
+)
+def test_refusals(linear, observed, wrong, message):
+    with pytest.raises(ValueError, match=message):
         ds.rounds(linear, observed, ds.NPE(linear), jax.random.key(0), **wrong)
 
 
@@ -174,6 +183,23 @@ def test_a_folder_goes_on_where_it_was_left(linear, observed, tmp_path, monkeypa
         run(jax.random.key(3))
     with pytest.raises(ValueError, match="to hold round 2 of this call; its theta are others"):
         run(jax.random.key(2), widen=3.0)
+
+
+def test_an_estimator_with_a_proposal_goes_on_from_one(linear, observed):
+    """Its simulations cannot be cut to a region of the prior: later ones are from a normal, and those stay."""
+    proposal = starting(linear, observed, 0.0)
+    theta = proposal.sample(jax.random.key(4), (40,))
+    draws = linear.draw(jax.random.key(3), 40, theta, latents="whitened")
+    start = ds.NPE(linear, gaussian).append(draws.theta, draws.x, draws.score, proposal=proposal)
+    assert not start.from_prior and ds.NPE(linear).from_prior
+    fit = FIT | {"max_epochs": 60}
+    result = ds.rounds(linear, observed, start, jax.random.key(1), n_rounds=2, n_per_round=40, tolerance=1e-9, fit=fit)
+    components = result.posterior.proposals.components
+    assert result.simulations == 40 and len(components) == 2
+    np.testing.assert_array_equal(components[0].root, proposal.root)
+    np.testing.assert_allclose(components[1].loc, result.samples[0].mean(0), atol=1e-5)
+    covariance = components[1].root @ components[1].root.T
+    np.testing.assert_allclose(np.sqrt(np.diag(covariance)), 1.25 * result.samples[0].std(0, ddof=1), rtol=1e-3)
 
 
 def test_what_needs_an_empty_estimator_or_one_summary_is_refused(linear, observed):

@@ -88,6 +88,11 @@ class Estimator(abc.ABC, Generic[Fitted]):
     def __len__(self) -> int:
         return sum(len_of(part.theta) for part in self._rows)
 
+    @property
+    def from_prior(self) -> bool:
+        """Whether all simulations are, as far as is known, from the prior: none was appended with a proposal."""
+        return all(part.proposal is None for part in self._rows)
+
     def append(self, theta, x, score=None, *, proposal=None, on_invalid: str = "raise") -> Self:
         r"""Add simulations and return this object.
 
@@ -116,7 +121,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
 
     def restricted(self, inside: Callable[[np.ndarray], np.ndarray] | None = None) -> Self:
         """A copy with the simulations whose theta `(n, p)` is `inside` `(n,)`; all of them for None."""
-        if inside is not None and any(part.proposal is not None for part in self._rows):
+        if inside is not None and not self.from_prior:
             raise ValueError("Expected simulations from the prior for truncated rounds; these had a proposal. Use NLE.")
         other = copy.copy(self)
         parts = list(self._rows)

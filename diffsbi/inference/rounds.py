@@ -75,7 +75,7 @@ def rounds(
     `correction`).
 
     Statistics that lose little only near one $\theta_0$ (the marginal score, the score compression) can be made anew,
-    for the simulations of all rounds, at the mean of the last posterior:
+    for the simulations of all rounds, whose data stay in memory, at the mean of the last posterior:
     `summary_at=functools.partial(MarginalScore, sim)`.
 
     Args:
@@ -108,6 +108,8 @@ def rounds(
     if n_rounds < 1 or n_per_round < 1 or not tolerance > 0:
         got = f"{n_rounds}, {n_per_round} and {tolerance}"
         raise ValueError(f"Expected n_rounds >= 1, n_per_round >= 1 and tolerance > 0; got {got}.")
+    if block_size < 1 or not 0 < widen < np.inf:
+        raise ValueError(f"Expected block_size >= 1 and a finite widen > 0; got {block_size} and {widen}.")
     if summary is not None and summary_at is not None:
         raise ValueError("Expected summary or summary_at; got both.")
     if len(estimator) and (summary_at is not None or proposal is not None):
@@ -118,6 +120,7 @@ def rounds(
     files = _Files(folder, block_size, progress, sim, scores, x, check_key(key))
     summary = jnp.ravel if summary is None else summary
     posterior: FittedPosterior | None = None
+    fitted = estimator
     parts: list[_Part] = []
     samples: list[np.ndarray] = []
     moved: list[float] = []
@@ -127,10 +130,11 @@ def rounds(
         if r > 0 or not len(estimator):
             if posterior is None:
                 theta, inside = (sim.prior if proposal is None else proposal).sample(key_theta, (n_per_round,)), None
-            elif isinstance(posterior, DensityPosterior) and any(part.proposal is not None for part in parts):
+            elif isinstance(posterior, DensityPosterior) and not fitted.from_prior:
                 proposal = gaussian_proposal(sim, samples[-1], widen)
                 theta, inside = proposal.sample(key_theta, (n_per_round,)), None
-            else:
+            else:  # a region of the prior; or a likelihood's or a ratio's posterior, which asks for no correction
+                proposal = None
                 theta, inside = posterior.propose(key_theta, n_per_round)
             if summary_at is not None:
                 known = samples[-1] if samples else theta
@@ -140,7 +144,8 @@ def rounds(
             parts.append(part._replace(proposal=proposal))
         data = [part.x for part in parts] if summary_at is None else files.summaries(r, summary, parts)
         observed = _summarised(summary, x[None])[0]
-        posterior = _with(estimator, parts, data).fit(key_fit, **(fit or {})).condition(observed)
+        fitted = _with(estimator, parts, data)
+        posterior = fitted.fit(key_fit, **(fit or {})).condition(observed)
         samples.append(np.asarray(posterior.sample(key_sample, n_samples)))
         if r > 0:
             moved.append(_motion(samples[-2], samples[-1]))
