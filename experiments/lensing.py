@@ -1,7 +1,7 @@
 """What experiments on lensing maps share: chains of one map, the score compression, summaries, distances."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -138,6 +138,12 @@ def calibration(samples, theta) -> dict:
         observations=len(theta), rank_p_values=p_values,
         tarp_p_value=ball.p_value, levels=ball.levels.tolist(), shares=ball.coverage.tolist(),
     )  # fmt: skip
+
+
+def calibration_of(files: Iterable[Path]) -> dict:
+    """`calibration` of the "samples" and "theta" of all files together."""
+    found = [load_npz(path) for path in files]
+    return calibration(*(np.concatenate([f[part] for f in found]) for part in ("samples", "theta")))
 
 
 def draws_under(posterior, proposal, t, key, n: int = 200) -> np.ndarray:

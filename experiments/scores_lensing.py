@@ -32,7 +32,7 @@ from experiments.lensing import (
     MapConfig,
     about,
     begin,
-    calibration,
+    calibration_of,
     compress,
     distances,
     draws_under,
@@ -128,7 +128,11 @@ def main(cfg: Config, out: Path) -> None:
         rows.append(read_json(path) | dict(estimator=name, score=score_name(kind), n=n, seed=seed))
     limit = run.account("given_summaries")
     fitted = dict.fromkeys((r["n"], r["score"], r["estimator"]) for r in rows if r["n"] in cfg.coverage_n)
-    coverage = [_calibration(cfg, out, *case) for case in fitted]
+    coverage = [
+        dict(estimator=name, score=score, n=n)
+        | calibration_of(out / "fits" / f"{name}_{score}_{n}_{seed}.npz" for seed in range(cfg.seeds))
+        for n, score, name in fitted
+    ]
     write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"], coverage=coverage, **about(sim)))
     tables = {"c2st": "C2ST against the full field", "c2st_summaries": "C2ST against what the summaries hold"} | MERITS
     for value, title in tables.items():
@@ -227,13 +231,6 @@ def _at_observations(cfg: Config, posterior, proposal, many, seed: int, key) -> 
     rows = slice(len(many["theta"]) - (seed + 1) * share, len(many["theta"]) - seed * share)
     samples = draws_under(posterior, proposal, many["t"][rows], jax.random.fold_in(key, 1))
     return dict(theta=many["theta"][rows], samples=samples)
-
-
-def _calibration(cfg: Config, out: Path, n: int, score: str, name: str) -> dict:
-    """Ranks and TARP over the observations of all seeds."""
-    found = [load_npz(out / "fits" / f"{name}_{score}_{n}_{seed}.npz") for seed in range(cfg.seeds)]
-    samples, theta = (np.concatenate([f[part] for f in found]) for part in ("samples", "theta"))
-    return dict(estimator=name, score=score, n=n) | calibration(samples, theta)
 
 
 def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, folder: Path) -> dict:

@@ -29,7 +29,7 @@ from experiments.lensing import (
     MapConfig,
     about,
     begin,
-    calibration,
+    calibration_of,
     distances,
     draws_under,
     merits,
@@ -95,16 +95,20 @@ def main(cfg: Config, out: Path) -> None:
             if not path.exists():
                 print(path.stem, flush=True)
                 key = jax.random.fold_in(run.key("rounds"), seed)
-                work = functools.partial(_rounds, cfg, sim, x, proposal, name, kind, key, out / "rounds" / path.stem)
-                write_npz(path.with_suffix(".npz"), _tested(cfg, sim, proposal, work(1), run, seed))
-                theta = work(cfg.n_rounds).samples
+                result = _rounds(cfg, sim, x, proposal, name, kind, key, out / "rounds" / path.stem)
+                write_npz(path.with_suffix(".npz"), _tested(cfg, sim, proposal, result, run, seed))
+                theta = result.samples
                 write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
                 found = [distances(t, {"c2st": chain}, sim.names, seed) | merits(t, chain, sim.names) for t in theta]
                 write_json(path, found)
             for r, row in enumerate(read_json(path)):
                 rows.append(row | dict(estimator=name, score=score_name(kind), n=(r + 1) * cfg.n_per_round, seed=seed))
     fitted = dict.fromkeys((r["estimator"], r["score"]) for r in rows)
-    coverage = [_calibration(cfg, out, *case) for case in fitted]
+    coverage = [
+        dict(estimator=name, score=score, n=cfg.n_per_round)
+        | calibration_of(out / "fits" / f"{name}_{score}_{seed}.npz" for seed in range(cfg.seeds))
+        for name, score in fitted
+    ]
     write_json(out / "distances.json", dict(rows=rows, first=first, coverage=coverage, **about(sim)))
     for value, title in ({"c2st": "C2ST against the full field"} | MERITS).items():
         print(f"\n{title}, mean and standard error over {cfg.seeds} seeds")
@@ -133,32 +137,25 @@ def _proposal(cfg: Config, sim, x, run, seed: int) -> ds.inference.GaussianPropo
     return ds.gaussian_proposal(sim, load_npz(path)["theta"], cfg.widen)
 
 
-def _rounds(cfg: Config, sim, x, proposal, name: str, kind, key, folder: Path, n_rounds: int) -> ds.inference.Rounds:
-    """The first rounds of one seed; their simulations stay in `folder`."""
+def _rounds(cfg: Config, sim, x, proposal, name: str, kind, key, folder: Path) -> ds.inference.Rounds:
+    """All rounds of one seed; their simulations stay in `folder`."""
     latents, n_average = ("whitened", 1) if kind is None else kind
     return ds.rounds(
         sim, x, ESTIMATORS[name](sim.prior), key, proposal=proposal, widen=cfg.widen,
-        n_rounds=n_rounds, n_per_round=cfg.n_per_round, n_samples=cfg.n_samples, tolerance=1e-9,
+        n_rounds=cfg.n_rounds, n_per_round=cfg.n_per_round, n_samples=cfg.n_samples, tolerance=1e-9,
         summary_at=functools.partial(MarginalScore, sim, n_turns=cfg.turns),
         with_score=kind is not None, latents=latents, n_average=n_average, fit={"members": cfg.members},
         folder=folder, progress=True,
     )  # fmt: skip
 
 
-def _tested(cfg: Config, sim, proposal, first: ds.inference.Rounds, run, seed: int) -> dict[str, np.ndarray]:
+def _tested(cfg: Config, sim, proposal, result: ds.inference.Rounds, run, seed: int) -> dict[str, np.ndarray]:
     """Parameters of this seed's test observations, and draws of the first round's posterior of each."""
     key_theta, key_draw, key = jax.random.split(jax.random.fold_in(run.key("tests"), seed), 3)
     n, source = cfg.n_coverage // cfg.seeds, sim.prior if proposal is None else proposal
     theta = source.sample(key_theta, (n,))
-    t = summarised(sim, first.summary.many, key_draw, n, theta, folder=run.folder / "tests" / str(seed))
-    return dict(theta=np.asarray(theta), samples=draws_under(first.posterior, proposal, t, key))
-
-
-def _calibration(cfg: Config, out: Path, name: str, score: str) -> dict:
-    """Ranks and TARP over the observations of all seeds."""
-    found = [load_npz(out / "fits" / f"{name}_{score}_{seed}.npz") for seed in range(cfg.seeds)]
-    samples, theta = (np.concatenate([f[part] for f in found]) for part in ("samples", "theta"))
-    return dict(estimator=name, score=score, n=cfg.n_per_round) | calibration(samples, theta)
+    t = summarised(sim, result.summaries[0].many, key_draw, n, theta, folder=run.folder / "tests" / str(seed))
+    return dict(theta=np.asarray(theta), samples=draws_under(result.posteriors[0], proposal, t, key))
 
 
 if __name__ == "__main__":

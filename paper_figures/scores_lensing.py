@@ -22,9 +22,13 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         figures[f"{name}_summaries"] = plotting.curves(own, x, "C2ST against the summaries' posterior", {}, log_y=False)
     for n in dict.fromkeys(case["n"] for case in found["coverage"]):
         cases = [case for case in found["coverage"] if case["n"] == n]
-        by_title = {f"{case['estimator']}, {TITLES.get(case['score'], case['score'])}": case for case in cases}
-        figures[f"scores_lensing_coverage_{n}"] = coverage(by_title)
+        figures[f"scores_lensing_coverage_{n}"] = coverage(by_title(cases))
     return figures
+
+
+def by_title(cases: list[dict]) -> dict[str, dict]:
+    """Calibrated fits by their estimator and score."""
+    return {f"{case['estimator']}, {TITLES.get(case['score'], case['score'])}": case for case in cases}
 
 
 def _contours(found: dict, folder: Path) -> plotting.Figure:

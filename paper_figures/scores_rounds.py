@@ -5,7 +5,7 @@ from pathlib import Path
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
 from paper_figures import command_line, compared, coverage, mean_points
-from paper_figures.scores_lensing import TITLES
+from paper_figures.scores_lensing import TITLES, by_title
 
 
 def draw(runs: Path) -> dict[str, plotting.Figure]:
@@ -19,8 +19,7 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         figures[f"scores_rounds_{estimator.lower()}"] = plotting.curves(
             points, label, "C2ST against the full field", {}, log_y=False
         )
-    by_title = {f"{case['estimator']}, {TITLES.get(case['score'], case['score'])}": case for case in found["coverage"]}
-    figures["scores_rounds_coverage"] = coverage(by_title)
+    figures["scores_rounds_coverage"] = coverage(by_title(found["coverage"]))
     figures["scores_rounds_contours"] = _contours(found, folder)
     return figures
 

@@ -140,7 +140,9 @@ def test_rounds_from_a_proposal_end_at_the_exact_posterior(linear, observed, est
     root = np.sqrt(np.diag(proposal.root @ proposal.root.T))
     assert np.all(np.abs(centres[0] - proposal.loc) < 4 * root / np.sqrt(60))
     np.testing.assert_allclose(centres[1], result.samples[0].mean(0), atol=1e-5)
+    assert len(result.posteriors) == len(result.summaries) == 2
     np.testing.assert_allclose(result.posterior.default_x, result.summary(observed), rtol=1e-5)
+    np.testing.assert_allclose(result.posteriors[0].default_x, result.summaries[0](observed), rtol=1e-5)
 
 
 def test_the_first_centre_is_the_fiducial_without_a_proposal(linear, observed):

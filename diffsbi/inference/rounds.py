@@ -26,20 +26,30 @@ class Rounds(eqx.Module):
     """What `rounds` did.
 
     Attributes:
-        posterior: The last round's, conditioned on the observation's summaries.
+        posteriors: Of each round, conditioned on the observation's summaries.
+        summaries: What each is given: data of one simulation → `(d,)`.
         samples: Draws of theta of each round, `(rounds, n, p)`.
         moved: For each round after the first, the largest change of a mean (in widths) or of a log-width.
         simulations: Simulations of all rounds.
         stop_reason: Why it ended.
-        summary: What the posterior is given: data of one simulation → `(d,)`.
     """
 
-    posterior: FittedPosterior
+    posteriors: tuple[FittedPosterior, ...]
+    summaries: tuple[Summary, ...]
     samples: np.ndarray
     moved: tuple[float, ...]
     simulations: int
     stop_reason: str = eqx.field(static=True)
-    summary: Summary
+
+    @property
+    def posterior(self) -> FittedPosterior:
+        """The last round's."""
+        return self.posteriors[-1]
+
+    @property
+    def summary(self) -> Summary:
+        """What the last round's posterior is given."""
+        return self.summaries[-1]
 
 
 def rounds(
@@ -119,23 +129,24 @@ def rounds(
     scores = dict(with_score=with_score, latents=latents, n_average=n_average)
     files = _Files(folder, block_size, progress, sim, scores, x, check_key(key))
     summary = jnp.ravel if summary is None else summary
-    posterior: FittedPosterior | None = None
     fitted = estimator
     parts: list[_Part] = []
+    posteriors: list[FittedPosterior] = []
+    summaries: list[Summary] = []
     samples: list[np.ndarray] = []
     moved: list[float] = []
     reason = "n_rounds reached"
     for r, key_round in enumerate(jax.random.split(key, n_rounds)):
         key_theta, key_draw, key_fit, key_sample = jax.random.split(key_round, 4)
         if r > 0 or not len(estimator):
-            if posterior is None:
+            if not posteriors:
                 theta, inside = (sim.prior if proposal is None else proposal).sample(key_theta, (n_per_round,)), None
-            elif isinstance(posterior, DensityPosterior) and not fitted.from_prior:
+            elif isinstance(posteriors[-1], DensityPosterior) and not fitted.from_prior:
                 proposal = gaussian_proposal(sim, samples[-1], widen)
                 theta, inside = proposal.sample(key_theta, (n_per_round,)), None
             else:  # a region of the prior; or a likelihood's or a ratio's posterior, which asks for no correction
                 proposal = None
-                theta, inside = posterior.propose(key_theta, n_per_round)
+                theta, inside = posteriors[-1].propose(key_theta, n_per_round)
             if summary_at is not None:
                 known = samples[-1] if samples else theta
                 summary = summary_at(sim.fiducial if r == 0 and proposal is None else _centre(sim.prior, known))
@@ -145,15 +156,16 @@ def rounds(
         data = [part.x for part in parts] if summary_at is None else files.summaries(r, summary, parts)
         observed = _summarised(summary, x[None])[0]
         fitted = _with(estimator, parts, data)
-        posterior = fitted.fit(key_fit, **(fit or {})).condition(observed)
-        samples.append(np.asarray(posterior.sample(key_sample, n_samples)))
+        posteriors.append(fitted.fit(key_fit, **(fit or {})).condition(observed))
+        summaries.append(summary)
+        samples.append(np.asarray(posteriors[-1].sample(key_sample, n_samples)))
         if r > 0:
             moved.append(_motion(samples[-2], samples[-1]))
             if moved[-1] < tolerance:
                 reason = f"moved by {moved[-1]:.3f} < {tolerance}"
                 break
     simulations = n_per_round * len(parts)
-    return Rounds(posterior, np.stack(samples), tuple(moved), simulations, reason, summary)
+    return Rounds(tuple(posteriors), tuple(summaries), np.stack(samples), tuple(moved), simulations, reason)
 
 
 class _Part(NamedTuple):
