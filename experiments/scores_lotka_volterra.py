@@ -1,25 +1,34 @@
-"""How many simulations do scores save on Lotka–Volterra? NPE from a wide and from a narrow proposal.
+"""How many simulations do scores save on Lotka–Volterra? NPE from the prior, or from a narrow proposal.
 
-The data are the logarithms of the twenty observed populations, with no compression; every posterior is compared by C2ST
-with the exact one, from NUTS on the parameters and the initial populations. "wide" is the prior, "narrow" a normal in
-unconstrained space with `widen` times the exact posterior's standard deviations, as a pilot run would find it.
+Every posterior is compared by C2ST with the exact one, from NUTS on the parameters and the initial populations. NPE is
+given the twenty logarithms of the observed populations themselves (`summary="logs"`), or the normal approximation of
+each data set's own posterior (`"mode"`: `LaplaceMode`), in whose coordinates it then works. What that normal says
+without any simulation is measured too. "wide" is the prior, "narrow" a normal in unconstrained space with `widen` times
+the exact posterior's standard deviations, as a pilot run would find it.
+
+Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
+shared out among the seeds.
 """
 
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import diffsbi as ds
-from diffsbi._files import load_npz, read_json, write_json
-from diffsbi.diagnostics import c2st, compare_moments
+from diffsbi._files import load_npz, read_json, write_json, write_npz
+from diffsbi._types import check_names
+from diffsbi.compression import LaplaceMode
+from diffsbi.inference import LocalFrame
 from diffsbi.runs import start_run
 from diffsbi.sampling import full_field_posterior, load_chains
 from experiments import command_line
 from experiments.curves import print_saved, print_table
+from experiments.lensing import calibration_of, distances, draws_under, in_blocks, print_calibration
 
 PUBLISHED = {
     "none": {20: 0.997, 50: 0.972, 100: 0.942, 200: 0.860, 500: 0.788, 1000: 0.778},
@@ -30,16 +39,23 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """`substeps` of the solver between two observations; the same for the exact posterior and for the simulations."""
+    """`substeps` of the solver between two observations; the same for the exact posterior and for the simulations.
+
+    `summary`: "mode", from `starts` starts, or "logs".
+    """
 
     substeps: int = 28
+    summary: str = "mode"
+    starts: int = 16
     n: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)
     seeds: int = 20
-    proposals: tuple[str, ...] = ("narrow", "wide")
+    proposals: tuple[str, ...] = ("wide",)
     scores: tuple[str, ...] = ("white", "laplace")
     widen: float = 2.0
-    members: int = 4
+    members: int = 2
     max_epochs: int | None = None
+    coverage_n: tuple[int, ...] = (50, 200)
+    n_coverage: int = 500
     n_samples: int = 2000
     ess: float = 4000.0
     n_warmup: int = 400
@@ -48,36 +64,55 @@ class Config:
 
 
 PRESETS = {
-    "smoke": Config(8, (20,), 1, ("wide",), ("white",), 2.0, 1, 5, 200, ess=20, n_warmup=60, n_draws=60),
+    "smoke": Config(
+        8, "mode", 2, (20,), 1, scores=("white",), members=1, max_epochs=5, coverage_n=(20,), n_coverage=20,
+        n_samples=200, ess=20, n_warmup=60, n_draws=60,
+    ),
     "paper": Config(),
+    "logs": Config(
+        summary="logs", seeds=5, proposals=("narrow", "wide"), scores=("white", "laplace"), members=4, coverage_n=()
+    ),
 }  # fmt: skip
 
 
 def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `distances.json`, print the tables."""
+    check_names([cfg.summary], ["mode", "logs"], "summary")
+    check_names(cfg.proposals, ["wide", "narrow"], "proposals")
+    if cfg.coverage_n and cfg.n_coverage < cfg.seeds:
+        raise ValueError(f"Expected n_coverage >= seeds ({cfg.seeds}); got {cfg.n_coverage}.")
     streams = ("observed", "exact", *(f"{stream}_{p}" for p in ("narrow", "wide") for stream in ("theta", "draws")))
     run = start_run(out, {"name": "scores_lotka_volterra"} | dataclasses.asdict(cfg), streams)
     sim = ds.lotka_volterra(substeps=cfg.substeps)
-    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
-    run.once("exact", lambda folder: _exact(cfg, sim, x, run, folder))
+    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x
+    run.once("exact", lambda folder: _exact(cfg, sim, x[0], run, folder))
     exact = load_chains(run.path("exact")).flat()
+    summary = LaplaceMode(sim, n_starts=cfg.starts).many if cfg.summary == "mode" else jnp.log
+    case = _Case(cfg, sim, summary(x)[0], exact)
     narrow = ds.gaussian_proposal(sim, exact, cfg.widen)
-    rows = []
+    rows, coverage = [], []
     for name in cfg.proposals:
         proposal = {"wide": None, "narrow": narrow}[name]
-        run.once(f"simulations_{name}", lambda folder, n=name, p=proposal: _simulate(cfg, sim, n, p, run, folder))
+        run.once(f"simulations_{name}", lambda folder, n=name, p=proposal: _simulate(case, summary, n, p, run, folder))
         pool = load_npz(run.path(f"simulations_{name}", "pool.npz"))
         for seed, n, score in itertools.product(range(cfg.seeds), cfg.n, ("none", *cfg.scores)):
             path = out / "fits" / f"{name}_{score}_{n}_{seed}.json"
             if not path.exists():
                 print(path.stem, flush=True)
-                write_json(path, _fit(cfg, sim, proposal, pool, jnp.log(x), exact, n, seed, score))
+                write_json(path, case.fit(proposal, pool, n, seed, score, path.with_suffix(".npz")))
             rows.append(read_json(path) | dict(proposal=name, score=score, n=n, seed=seed))
-    write_json(out / "distances.json", dict(rows=rows, published=PUBLISHED))
+        for score, n in itertools.product(("none", *cfg.scores), cfg.coverage_n):
+            files = [out / "fits" / f"{name}_{score}_{n}_{seed}.npz" for seed in range(cfg.seeds)]
+            coverage.append(dict(estimator=f"NPE {name}", score=score, n=n) | calibration_of(files))
+    alone = case.mode_alone(run.key("observed")) if cfg.summary == "mode" else {}
+    write_json(out / "distances.json", dict(rows=rows, published=PUBLISHED, mode_alone=alone, coverage=coverage))
     print(f"\nC2ST against the exact posterior, mean and standard error over {cfg.seeds} seeds; published: {PUBLISHED}")
     print_table(rows, ("proposal", "score"))
     for name, score in itertools.product(cfg.proposals, cfg.scores):
         print_saved(rows, {"proposal": name}, score)
+    if alone:
+        print(f"The normal approximation without any simulation: {alone['c2st']:.3f}")
+    print_calibration(coverage, sim.names)
 
 
 def _exact(cfg: Config, sim, x, run, folder: Path) -> dict:
@@ -87,30 +122,55 @@ def _exact(cfg: Config, sim, x, run, folder: Path) -> dict:
     return {name: [row.mean, row.sd, row.ess_bulk, row.rhat] for name, row in chains.summary().items()}
 
 
-def _simulate(cfg: Config, sim, name: str, proposal, run, folder: Path) -> dict:
-    n, pool = cfg.seeds * max(cfg.n), {}
+def _simulate(case: "_Case", summary, name: str, proposal, run, folder: Path) -> dict:
+    """Scored simulations for all seeds, then those that calibration is tested on."""
+    cfg, sim = case.cfg, case.sim
+    scored = cfg.seeds * max(cfg.n)
+    n = scored + (cfg.n_coverage if cfg.coverage_n else 0)
     theta = (sim.prior if proposal is None else proposal).sample(run.key(f"theta_{name}"), (n,))
-    for kind in cfg.scores:
-        draws = sim.draw(run.key(f"draws_{name}"), n, theta, latents=kind, progress=True)
-        pool[kind] = np.asarray(draws.score)
-    np.savez(folder / "pool.npz", theta=np.asarray(draws.theta), x=np.log(np.asarray(draws.x)), **pool)
+
+    def make(start: int, count: int) -> dict:
+        part, rows = {}, theta[start : start + count]
+        for kind in cfg.scores:
+            draws = sim.draw(run.key(f"draws_{name}"), count, rows, latents=kind, start=start)
+            part[kind] = draws.score
+        return part | {"theta": draws.theta, "x": summary(draws.x)}
+
+    write_npz(folder / "pool.npz", in_blocks(f"simulations ({name})", n, 1000, make, folder / "blocks"))
     return {"simulations": n}
 
 
-def _fit(cfg: Config, sim, proposal, pool, observed, exact, n: int, seed: int, score: str) -> dict:
-    rows = slice(seed * max(cfg.n), seed * max(cfg.n) + n)
-    key_fit, key_sample = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), 1000 * seed + n))
-    npe = ds.NPE(sim).append(
-        pool["theta"][rows], pool["x"][rows], None if score == "none" else pool[score][rows], proposal=proposal
-    )
-    posterior = npe.fit(key_fit, members=cfg.members, max_epochs=cfg.max_epochs)
-    theta = np.asarray(posterior.sample(key_sample, cfg.n_samples, observed))
-    distance = c2st(theta, exact, seed=seed, duplicates="drop")
-    moments = compare_moments(theta, exact, sim.names)
-    return dict(
-        c2st=distance.value, error=distance.error,
-        shift=np.asarray(moments.shift).tolist(), width_ratio=np.asarray(moments.width_ratio).tolist(),
-    )  # fmt: skip
+class _Case(NamedTuple):
+    """The observation's summary and its exact posterior."""
+
+    cfg: Config
+    sim: Any
+    observed: Any
+    exact: np.ndarray
+
+    def fit(self, proposal, pool, n: int, seed: int, score: str, tested: Path) -> dict:
+        cfg = self.cfg
+        rows = slice(seed * max(cfg.n), seed * max(cfg.n) + n)
+        key_fit, key_sample = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), 1000 * seed + n))
+        npe = ds.NPE(self.sim, framed=cfg.summary == "mode").append(
+            pool["theta"][rows], pool["x"][rows], None if score == "none" else pool[score][rows], proposal=proposal
+        )
+        posterior = npe.fit(key_fit, members=cfg.members, max_epochs=cfg.max_epochs)
+        if n in cfg.coverage_n:
+            share = cfg.n_coverage // cfg.seeds
+            first = cfg.seeds * max(cfg.n) + seed * share
+            theta, x = (pool[name][first : first + share] for name in ("theta", "x"))
+            samples = draws_under(posterior, proposal, x, jax.random.fold_in(key_sample, 1))
+            write_npz(tested, dict(theta=theta, samples=samples))
+        theta = np.asarray(posterior.sample(key_sample, cfg.n_samples, self.observed))
+        return distances(theta, {"c2st": self.exact}, self.sim.names, seed)
+
+    def mode_alone(self, key) -> dict:
+        """What the normal approximation says of the observation."""
+        mean, root = LocalFrame(self.sim.prior.dim).unpack(self.observed)
+        normal = jax.random.normal(jax.random.fold_in(key, 1), (self.cfg.n_samples, len(mean)))
+        theta = np.asarray(self.sim.prior.from_unconstrained(mean + normal @ root.T))
+        return distances(theta, {"c2st": self.exact}, self.sim.names, 0)
 
 
 if __name__ == "__main__":

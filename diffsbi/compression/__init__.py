@@ -4,6 +4,7 @@ from diffsbi.compression.fishnet_fit import fit_fishnet, load_fishnet, save_fish
 from diffsbi.compression.fishnets import Fishnet, Information, set_loss, stream
 from diffsbi.compression.graphs import Aggregation, FisherAggregation, Graph, GraphFishnet
 from diffsbi.compression.imnn import IMNN
+from diffsbi.compression.laplace_mode import LaplaceMode
 from diffsbi.compression.latent_scores import LatentScores, MarginalScore
 from diffsbi.compression.learned import Compressor, fit_compressor, load_compressor
 from diffsbi.compression.losses import LOSSES
@@ -24,6 +25,7 @@ __all__ = [
     "GraphFishnet",
     "HybridNetwork",
     "Information",
+    "LaplaceMode",
     "LatentScores",
     "MapNetwork",
     "MarginalInformation",

@@ -2,6 +2,7 @@
 
 from diffsbi.inference.bayesian import NetworkSpread, fit_chains, fit_variational, network_spread
 from diffsbi.inference.fmpe import FMPE
+from diffsbi.inference.frames import LocalFrame, pack_frame
 from diffsbi.inference.losses import posterior_score
 from diffsbi.inference.nle import NLE, LikelihoodPosterior
 from diffsbi.inference.novelty import Novelty, fit_novelty
@@ -24,6 +25,7 @@ __all__ = [
     "GaussianProposal",
     "History",
     "LikelihoodPosterior",
+    "LocalFrame",
     "Marginals",
     "Member",
     "Novelty",
@@ -38,6 +40,7 @@ __all__ = [
     "gaussian_proposal",
     "load_posterior",
     "network_spread",
+    "pack_frame",
     "posterior_score",
     "prior_from_json",
     "prior_to_json",

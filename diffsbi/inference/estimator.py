@@ -307,10 +307,13 @@ class Estimator(abc.ABC, Generic[Fitted]):
         """All that a fit needs, the model at its linear start."""
         key_split, key_density, key_linear, _ = jax.random.split(key, 4)
         train, held_out = rows.split(key_split, validation_fraction)
-        standardiser = fit_standardiser(*self._roles(rows.sample(train)))
+        standardiser = self._fit_standardiser(*self._roles(rows.sample(train)))
         standardised = functools.partial(self._standardised, standardiser)
         data, validation = rows.train(key_split, train, standardised), standardised(rows.take(held_out))
         return self._begin((key_density, key_linear), standardiser, data, validation, held_out, options)
+
+    def _fit_standardiser(self, modelled: np.ndarray, condition: np.ndarray) -> Standardiser:
+        return fit_standardiser(modelled, condition)
 
     def _standardised(self, standardiser: Standardiser, rows: Columns) -> dict[str, Array]:
         modelled, condition = self._roles(rows)
@@ -349,7 +352,8 @@ class Estimator(abc.ABC, Generic[Fitted]):
         model = first_model(key_level, linear, first_of(data), loss)
         rate = {"learning_rate": 10 * options["learning_rate"], "weight_decay": 0.0}
         model, _ = fit(key_fit, model, data, validation, loss, **(options | rate))
-        return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, model.level)
+        level = noise_level(key_level, p, d) if model.level is not None else None
+        return ScoredDensity(with_linear_part(density.base_dist, model.density.bijection), model.noise, level)
 
 
 def first_model(key: Key, density, data: dict[str, Array], loss: AbstractScoreLoss) -> ScoredDensity:

@@ -237,10 +237,16 @@ class MeasuredScore(AbstractScoreLoss):
         model = eqx.combine(params, static)
         value, residual = self.value_and_residual(model.density, batch)
         white, log_det = model.whiten_noise(residual)
-        level = model.log_level(batch["v"], batch["c"])
+        level = noise_share(batch, residual) * model.log_level(batch["v"], batch["c"])
         distance = jnp.sum(white**2, -1) * jnp.exp(-2 * level)
         of_score = batch["use"] * (0.5 * distance + level * residual.shape[-1] - log_det)
         return self.first(model.density, batch, value) + jnp.mean(of_score)
+
+
+def noise_share(batch, residual: Float[Array, "n p"]) -> Array:
+    r"""$\langle r^2\rangle / \langle s^2\rangle$, at most 1: how much of the scores is noise. No gradient."""
+    of = [jnp.sum(batch["use"][:, None] * a**2) for a in (residual, batch["score"])]
+    return jax.lax.stop_gradient(jnp.minimum(of[0] / jnp.maximum(of[1], jnp.finfo(residual.dtype).tiny), 1.0))
 
 
 def noise_level(key: Key, dim: int, condition_dim: int) -> eqx.nn.MLP:

@@ -1,16 +1,19 @@
 r"""Neural posterior estimation from simulations, with their scores where there are any."""
 
 import warnings
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
+import numpy as np
 
-from diffsbi._types import check_names
+from diffsbi._types import check_finite, check_names
 from diffsbi.inference.estimator import Density, Estimator
+from diffsbi.inference.frames import LocalFrame, towards_identity, winsorised
 from diffsbi.inference.losses import Atomic, mean_nll, prior_score
-from diffsbi.inference.posterior import Posterior
+from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.inference.rows import Joined, blocks_of
+from diffsbi.inference.standardise import fit_standardiser
 
 _FEW = 0.1  # effective rows, as a fraction of all, below which importance weights are warned about
 
@@ -36,25 +39,68 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
     $\nabla_\theta\log p(x, z|\theta) + \nabla_\theta\log p(\theta)$ over the latents at given $(\theta, x)$ is the
     score of the posterior under p.
 
+    Where posteriors change their place and width a lot over the proposal, one linear standardisation is far from each
+    of them. `framed=True` is for data that begin with a normal approximation of their own posterior (`LocalFrame`, made
+    by `compression.LaplaceMode`, say): the density is learned in its coordinates, and the
+    fit has only to learn where the approximation is wrong.
+
     Args:
         prior: A `Prior`, or anything with a `prior` (a simulator).
         density: As `Estimator`.
         correction: As above.
         n_atoms: Of "atomic".
+        framed: Whether x begins with `pack_frame(mean, root)`; not with the "atomic" correction.
         options: Further ones of `Estimator`.
     """
 
     def __init__(
-        self, prior, density: Density = None, *, correction: str = "reweight", n_atoms: int = 10, **options: Any
+        self,
+        prior,
+        density: Density = None,
+        *,
+        correction: str = "reweight",
+        n_atoms: int = 10,
+        framed: bool = False,
+        **options: Any,
     ):
         super().__init__(prior, density, **options)
         check_names([correction], ["reweight", "atomic", "importance"], "correction")
         if n_atoms < 2:
             raise ValueError(f"Expected n_atoms >= 2; got {n_atoms}.")
+        if framed and correction == "atomic":
+            raise ValueError("Expected correction 'reweight' or 'importance' with framed=True; got 'atomic'.")
         self.correction, self.n_atoms = correction, int(n_atoms)
+        self.frame = LocalFrame(self.prior.dim) if framed else None
+
+    def append(self, theta, x, score=None, **settings: Any) -> Self:
+        if self.frame is not None and np.ndim(x) == 2:
+            self.frame.check(np.shape(x)[1])
+        return super().append(theta, x, score, **settings)
+
+    append.__doc__ = Estimator.append.__doc__
 
     def _roles(self, rows):
         return rows["u"], rows["x"]
+
+    def _columns(self, correct, theta, x, score):
+        rows = super()._columns(correct, theta, x, score)
+        if self.frame is None:
+            return rows
+        u, x = jnp.asarray(rows["u"]), jnp.asarray(rows["x"])
+        moved = {"u": self.frame.to_local(u, x)[0]}
+        if score is not None:
+            moved["score"] = self.frame.score_to_local(jnp.asarray(rows["score"]), u, x)
+        for name, value in moved.items():
+            check_finite(f"{name} in the local frame", value)
+        return rows | {name: np.asarray(value) for name, value in moved.items()}
+
+    def _config(self, rows, members):
+        return super()._config(rows, members) | ({"framed": True} if self.frame is not None else {})
+
+    def _fit_standardiser(self, modelled, condition):
+        if self.frame is None:
+            return fit_standardiser(modelled, condition)
+        return towards_identity(fit_standardiser(winsorised(modelled), condition), len(modelled))
 
     def _target_score(self, of_likelihood, of_prior):
         return of_likelihood + of_prior
@@ -96,6 +142,7 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         return Atomic(self.n_atoms, jnp.linalg.solve(standardiser.lower, standardiser.slope))
 
     def _posterior(self, members, histories, config_json):
+        members = tuple(Member(m.standardiser, m.density, self.frame) for m in members)
         proposals = self._proposals()
         if proposals is None or self.correction != "reweight":
             return Posterior(self.prior, members, histories, config_json)

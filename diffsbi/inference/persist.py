@@ -23,6 +23,7 @@ from numpyro.distributions.truncated import (
 
 from diffsbi._types import check_names
 from diffsbi.inference.estimator import build_density
+from diffsbi.inference.frames import LocalFrame
 from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.nre import RatioMember, ratio_network
 from diffsbi.inference.posterior import FittedPosterior, Member, Posterior
@@ -216,7 +217,8 @@ def _empty_member(density, dim: int, config: dict[str, Any]) -> Member:
     standardiser = Standardiser(*(jnp.zeros(shape) for shape in shapes))
     if config.get("estimator") == "NRE":
         return RatioMember(standardiser, ratio_network(jax.random.key(0), of, given, **config["density_options"]))
-    return Member(standardiser, build_density(jax.random.key(0), density, of, given, config["density_options"]))
+    frame = LocalFrame(dim) if config.get("framed") else None
+    return Member(standardiser, build_density(jax.random.key(0), density, of, given, config["density_options"]), frame)
 
 
 def _models_data(config: dict[str, Any]) -> bool:

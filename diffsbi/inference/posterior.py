@@ -14,6 +14,7 @@ import numpy as np
 from flowjax.distributions import AbstractDistribution
 
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
+from diffsbi.inference.frames import LocalFrame
 from diffsbi.inference.memory import explained
 from diffsbi.inference.standardise import Standardiser
 from diffsbi.inference.training import History
@@ -23,21 +24,30 @@ _BLOCKS = 16  # of draws of members with weights
 
 
 class Member(eqx.Module):
-    r"""One fitted density $q(v | c)$ with its coordinates; together $q(u | x) = q(v | c) |\partial v/\partial u|$."""
+    r"""One fitted density $q(v | c)$ with its coordinates; together $q(u | x) = q(v | c) |\partial v/\partial u|$.
+
+    Where there is a `frame`, the standardiser works in its coordinates instead of u.
+    """
 
     standardiser: Standardiser
     density: AbstractDistribution
+    frame: LocalFrame | None = None
 
     def log_prob(self, u: Float[Array, "*n p"], x: Float[Array, "*n d"]) -> Float[Array, "*n"]:
+        log_det = self.standardiser.log_det
+        if self.frame is not None:
+            u, of_frame = self.frame.to_local(u, x)
+            log_det = log_det + of_frame
         c = self.standardiser.condition(x)
-        return self.density.log_prob(self.standardiser.to_standard(u, c), c) + self.standardiser.log_det
+        return self.density.log_prob(self.standardiser.to_standard(u, c), c) + log_det
 
     def sample(self, key: Key, n: int, x: Float[Array, "*m d"]) -> Float[Array, "n *m p"]:
         c = self.standardiser.condition(x)
         keys = jax.random.split(key, (n, *c.shape[:-1]))
         wide = jnp.broadcast_to(c, (*keys.shape, c.shape[-1]))
         draw = jnp.vectorize(lambda key, c: self.density.sample(key, (), c), signature="(),(d)->(p)")
-        return self.standardiser.from_standard(draw(keys, wide), wide)
+        u = self.standardiser.from_standard(draw(keys, wide), wide)
+        return u if self.frame is None else self.frame.from_local(u, jnp.broadcast_to(x, (*keys.shape, x.shape[-1])))
 
 
 _FAR_OUT = 0.5  # widths of a column's range, outside it, beyond which data are warned about

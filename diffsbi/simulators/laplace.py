@@ -93,24 +93,34 @@ class Laplace(AbstractTransport):
         return mode, root
 
     def _slope_and_curvature(self, state, v, x, frame, weight):
-        r"""Gradient and negative Gauss–Newton Hessian in v of $\log p(v | \theta) + w \log p(x | v, \theta)$."""
+        likelihood = lambda v: self.sim.likelihood(state, frame.outward(v)[0])  # noqa: E731
+        return slope_and_curvature(likelihood, frame.log_prior, v, x, weight)
 
-        def likelihood(v):
-            return self.sim.likelihood(state, frame.outward(v)[0])
 
-        def along(direction):
-            return eqx.filter_jvp(likelihood, (v,), (direction,))
+def slope_and_curvature(likelihood, log_prior, v: Float[Array, " n"], x, weight=1.0):
+    r"""Gradient `(n,)` and negative Gauss–Newton Hessian `(n, n)` in v of $\log p(v) + w \log p(x | v)$.
 
-        zero = jnp.zeros_like(v)
-        here, tangents = eqx.filter_vmap(along, out_axes=(None, 0))(jnp.eye(v.size, dtype=v.dtype))
-        moving, rest = eqx.partition(here, jax.tree.map(lambda t: t is not None, tangents, is_leaf=lambda t: t is None))
+    Args:
+        likelihood: v → distribution of x, whose parameters are linearised in v.
+        log_prior: v → its log-density.
+        v: Where.
+        x: Data.
+        weight: w.
+    """
 
-        def log_density(step):
-            moved = jax.tree.map(lambda p, t: p + jnp.tensordot(step, t, 1), moving, tangents)
-            data = jnp.sum(eqx.combine(moved, rest).log_prob(x))
-            return frame.log_prior(v + step) + weight * data
+    def along(direction):
+        return eqx.filter_jvp(likelihood, (v,), (direction,))
 
-        return jax.grad(log_density)(zero), -jax.hessian(log_density)(zero)
+    zero = jnp.zeros_like(v)
+    here, tangents = eqx.filter_vmap(along, out_axes=(None, 0))(jnp.eye(v.size, dtype=v.dtype))
+    moving, rest = eqx.partition(here, jax.tree.map(lambda t: t is not None, tangents, is_leaf=lambda t: t is None))
+
+    def log_density(step):
+        moved = jax.tree.map(lambda p, t: p + jnp.tensordot(step, t, 1), moving, tangents)
+        data = jnp.sum(eqx.combine(moved, rest).log_prob(x))
+        return log_prior(v + step) + weight * data
+
+    return jax.grad(log_density)(zero), -jax.hessian(log_density)(zero)
 
 
 class _Frame(NamedTuple):

@@ -1,0 +1,106 @@
+r"""A normal approximation of each data set's own posterior, and the coordinates in which it is a standard normal."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+
+from diffsbi._types import Array, Float
+from diffsbi.inference.standardise import Standardiser
+
+REACH = 5.0
+"""Widths beyond which residuals are counted in logarithms: an approximation at a wrong mode must not decide a fit."""
+
+PSEUDO_ROWS = 20.0
+"""Simulations that the frames are believed for before any is seen."""
+
+
+def frame_width(dim: int) -> int:
+    """Numbers that describe a normal of `dim` dimensions: 2, 5, 9, 14 for 1 to 4."""
+    return dim + dim * (dim + 1) // 2
+
+
+def pack_frame(mean: Float[Array, "*n p"], root: Float[Array, "*n p p"]) -> Float[Array, "*n k"]:
+    r"""Numbers of the normal $N(m, L L^T)$: m, then $\log L_{ii}$, then $L_{ij}/L_{ii}$ (i > j, row by row).
+
+    Args:
+        mean: m, in the prior's unconstrained space.
+        root: L, the lower Cholesky factor of the covariance there, with a positive diagonal.
+
+    Raises:
+        ValueError: Shapes that do not belong together.
+    """
+    if root.shape != (*mean.shape, mean.shape[-1]):
+        raise ValueError(f"Expected root with shape {(*mean.shape, mean.shape[-1])}; got {root.shape}.")
+    diagonal = jnp.diagonal(root, axis1=-2, axis2=-1)
+    i, j = np.tril_indices(mean.shape[-1], -1)
+    return jnp.concatenate([mean, jnp.log(diagonal), root[..., i, j] / diagonal[..., i]], -1)
+
+
+class LocalFrame(eqx.Module):
+    r"""$u = m(x) + L(x) r$, $r_i = 5 \sinh(w_i / 5)$, with m and L in the first columns of x (`pack_frame`).
+
+    Where the posterior of every x is near the normal $N(m(x), L(x) L(x)^T)$ in the prior's unconstrained space, w is
+    near a standard normal for all x, however much posteriors move and change their widths over the prior.
+
+    Attributes:
+        dim: Number of parameters p.
+    """
+
+    dim: int = eqx.field(static=True)
+
+    def unpack(self, x: Float[Array, "*n d"]) -> tuple[Float[Array, "*n p"], Float[Array, "*n p p"]]:
+        """(m, L) of rows of x."""
+        p = self.dim
+        i, j = np.tril_indices(p, -1)
+        unit = jnp.broadcast_to(jnp.eye(p, dtype=x.dtype), (*x.shape[:-1], p, p))
+        unit = unit.at[..., i, j].set(x[..., 2 * p : frame_width(p)])
+        return x[..., :p], jnp.exp(x[..., p : 2 * p])[..., None] * unit
+
+    def to_local(self, u: Float[Array, "*n p"], x: Float[Array, "*n d"]) -> tuple[Array, Float[Array, "*n"]]:
+        r"""$(w, \log|\det \partial w/\partial u|)$; leading dimensions are the same."""
+        mean, root = self.unpack(x)
+        r = solve_triangular(root, (u - mean)[..., None], lower=True)[..., 0]
+        log_slope = -0.5 * jnp.log1p((r / REACH) ** 2) - x[..., self.dim : 2 * self.dim]
+        return REACH * jnp.arcsinh(r / REACH), jnp.sum(log_slope, -1)
+
+    def from_local(self, w: Float[Array, "*n p"], x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
+        """u(w, x)."""
+        mean, root = self.unpack(x)
+        return mean + jnp.einsum("...ij,...j->...i", root, REACH * jnp.sinh(w / REACH))
+
+    def score_to_local(self, score: Float[Array, "n p"], u: Float[Array, "n p"], x: Float[Array, "n d"]):
+        r"""$\nabla_w \log p(w | x) = (\partial u/\partial w)^T \nabla_u \log p(u | x) + \nabla_w \log|\det|$."""
+
+        def one(score, u, x):
+            w, _ = self.to_local(u, x)
+            _, pull_back = jax.vjp(lambda w: self.from_local(w, x), w)
+            return pull_back(score)[0] + jnp.tanh(w / REACH) / REACH
+
+        return jax.vmap(one)(score, u, x)
+
+    def check(self, x_width: int) -> None:
+        """Raise a ValueError where rows of so many numbers cannot begin with a frame."""
+        if x_width < frame_width(self.dim):
+            raise ValueError(
+                f"Expected x that begins with a normal approximation (pack_frame), {frame_width(self.dim)} numbers for "
+                f"{self.dim} parameters; got {x_width} columns. Without one: framed=False."
+            )
+
+
+def winsorised(u: np.ndarray, cut: float = 4.0) -> np.ndarray:
+    """Rows `(n, p)` with each column held within `cut` robust standard deviations of its median."""
+    u = np.asarray(u, float)
+    centre = np.median(u, 0)
+    reach = cut * 1.4826 * np.median(np.abs(u - centre), 0)
+    return np.clip(u, centre - reach, centre + reach)
+
+
+def towards_identity(standardiser: Standardiser, n: int) -> Standardiser:
+    r"""What n rows in local frames say of w, and `PSEUDO_ROWS` more that say that w is a standard normal."""
+    share = n / (n + PSEUDO_ROWS)
+    lower, slope = standardiser.lower, standardiser.slope
+    covariance = share * lower @ lower.T + (1 - share) * jnp.eye(len(lower), dtype=lower.dtype)
+    new = share * standardiser.u_loc, share * slope, jnp.linalg.cholesky(covariance)
+    return eqx.tree_at(lambda s: (s.u_loc, s.slope, s.lower), standardiser, new)
