@@ -5,10 +5,11 @@ are compressed to a number for each parameter, which loses information: no poste
 the full field's than that allows. The numbers are spectra, moments and peaks by score compression at the fiducial
 (`summary="statistics"`), or, without any simulation, the marginal score at the proposal's centre, the mean over a
 short chain on the map's latents (`"marginal_score"`), or the score at the latents that two gradients find, almost as
-good on small maps (`"latent_scores"`). So every posterior is also compared with what the numbers themselves say, as NLE
-learns it from `n_reference` simulations without scores (there is no exact answer). Parameters are drawn from the prior,
-or from the power-spectrum posterior of the map (`gaussian_proposal`). Each seed has simulations of its own; those of a
-smaller N are the first ones of a larger.
+good on small maps (`"latent_scores"`). Or each map comes with its own normal approximation, the posterior of a Gaussian
+field (`"field_mode"`), in whose coordinates NPE then works. So every posterior is also compared with what the numbers
+themselves say, as NLE (NPE for `"field_mode"`) learns it from `n_reference` simulations without scores (there is no
+exact answer). Parameters are drawn from the prior, or from the power-spectrum posterior of the map
+(`gaussian_proposal`). Each seed has simulations of its own; those of a smaller N are the first ones of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
 shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal.
@@ -24,7 +25,7 @@ import numpy as np
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
-from diffsbi.compression import LatentScores, MarginalScore
+from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import (
@@ -45,13 +46,13 @@ from experiments.lensing import (
 )
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
-SUMMARIES = ("statistics", "latent_scores", "marginal_score")
+SUMMARIES = ("statistics", "latent_scores", "marginal_score", "field_mode")
 STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(MapConfig):
-    """`summary`: "statistics", "latent_scores" or "marginal_score", of `turns`; `scores`: latents, averaged draws.
+    """`summary`: one of `SUMMARIES`, "marginal_score" of `turns`; `scores`: latents, averaged draws.
 
     The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
     """
@@ -87,7 +88,12 @@ PRESETS = {
     "latent_scores": Config(
         summary="latent_scores", n=(25, 50, 100, 200, 400), n_scored=400, n_reference=4000, coverage_n=(100,)
     ),
-    # The full configuration, likewise; the sizes past the scored ones tell how many without scores it takes.
+    # 64², parameters from the whole prior, NPE in each map's own frame.
+    "prior_frames": Config(
+        summary="field_mode", proposal="prior", n=(25, 50, 100, 200, 400), n_scored=200, estimators=("NPE",),
+        n_reference=1500, coverage_n=(100,), members=2,
+    ),
+    # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
     "large": Config(
         n_pix=256, summary="marginal_score", turns=30, n=(25, 50, 100, 200), n_scored=100, estimators=("NPE",),
         n_reference=505, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
@@ -101,6 +107,8 @@ def main(cfg: Config, out: Path) -> None:
         raise ValueError(f"Expected proposal 'prior' or 'spectrum'; got {cfg.proposal!r}.")
     if cfg.summary not in SUMMARIES:
         raise ValueError(f"Expected a summary among {SUMMARIES}; got {cfg.summary!r}.")
+    if cfg.summary == "field_mode" and cfg.estimators != ("NPE",):
+        raise ValueError(f"Expected estimators ('NPE',) with summary 'field_mode'; got {cfg.estimators}.")
     _check_sizes(cfg)
     sim, run, x, chain = begin(cfg, "scores_lensing", out, STAGES)
     proposal = spectrum_proposal(cfg, sim, x, run) if cfg.proposal == "spectrum" else None
@@ -168,6 +176,8 @@ def _summary(cfg: Config, sim, proposal, run):
     centre = sim.fiducial if proposal is None else sim.prior.from_unconstrained(proposal.loc)
     if cfg.summary == "marginal_score":
         return MarginalScore(sim, centre, n_turns=cfg.turns).many
+    if cfg.summary == "field_mode":
+        return GaussianFieldMode(sim).many
     if cfg.summary == "latent_scores":
         scores = LatentScores(sim, centre, rates=(0.1,))
         return lambda x: scores.many(x)[:, -sim.prior.dim :]
@@ -218,7 +228,9 @@ def _rows(cfg: Config, pool, many, seed: int, n: int, kind):
 
 
 def _posterior(cfg: Config, sim, estimator, proposal, arrays, key):
-    return estimator(sim.prior).append(*arrays, proposal=proposal).fit(jax.random.split(key)[0], members=cfg.members)
+    options = {"framed": True} if cfg.summary == "field_mode" else {}
+    rows = estimator(sim.prior, **options).append(*arrays, proposal=proposal)
+    return rows.fit(jax.random.split(key)[0], members=cfg.members)
 
 
 def _draws(posterior, key, n: int, x) -> np.ndarray:
@@ -237,9 +249,10 @@ def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, fol
     """What the summaries say, from all simulations without scores, and how far NPE is from it."""
     arrays, n = (many["theta"], many["t"], None), 2 * cfg.n_samples
     key = run.key("given_summaries")
-    theta, other = (_draws(_posterior(cfg, sim, e, proposal, arrays, key), key, n, observed) for e in (ds.NLE, ds.NPE))
+    estimators = (ds.NLE, ds.NPE) if cfg.summary != "field_mode" else (ds.NPE,)
+    theta, *others = (_draws(_posterior(cfg, sim, e, proposal, arrays, key), key, n, observed) for e in estimators)
     write_npz(folder / "samples.npz", {"theta": theta})
-    account = distances(theta, {"c2st": chain, "c2st_npe": other}, sim.names, 0)
+    account = distances(theta, dict(zip(("c2st", "c2st_npe"), (chain, *others), strict=False)), sim.names, 0)
     by_regression = {} if proposal is None else {"lost": lost(many["theta"], many["t"], chain, proposal)}
     return account | by_regression | {"simulations": cfg.n_reference}
 

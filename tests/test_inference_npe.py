@@ -9,7 +9,7 @@ from targets import gaussian
 
 from diffsbi.inference import NPE, posterior_score
 from diffsbi.inference.checks import score_warnings
-from diffsbi.inference.losses import MeasuredScore, ScoredDensity, first_noise
+from diffsbi.inference.losses import MeasuredScore, ScoredDensity, first_noise, noise_share
 from diffsbi.inference.standardise import fit_standardiser
 from diffsbi.prior import Prior
 from diffsbi.simulators.linear_gaussian import linear_gaussian
@@ -183,6 +183,18 @@ def test_measured_noise_weighs_each_direction_by_its_own_precision(x64):
     np.testing.assert_allclose(np.cov(white.T), np.eye(2), atol=0.1)
     np.testing.assert_allclose(log_det, -np.log(3.0 * 0.4), atol=0.05)
     assert isinstance(MeasuredScore(), MeasuredScore)
+
+
+def test_the_level_of_the_noise_counts_as_far_as_scores_are_noise(x64):
+    """A score that is exact up to what the density has not learned yet has no noise whose level could vary."""
+    rng = np.random.default_rng(0)
+    score, use = jnp.asarray(10 * rng.standard_normal((4000, 2))), jnp.asarray(rng.integers(0, 2, 4000).astype(float))
+    batch = {"score": jnp.where(use[:, None] > 0, score, 1e6), "use": use}
+    noise = jnp.asarray(rng.standard_normal((4000, 2)))
+    assert abs(noise_share(batch, noise) - 0.01) < 0.001
+    assert noise_share(batch, score) == 1 == noise_share(batch, 3 * score)
+    assert noise_share({"score": 0 * score, "use": use}, noise) == 1
+    np.testing.assert_array_equal(jax.grad(lambda r: noise_share(batch, r))(noise), 0)
 
 
 def test_a_score_of_pure_noise_does_not_hurt():

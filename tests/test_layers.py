@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "summaries": BOTTOM,
     "flows": BOTTOM,
     "inference": BOTTOM | {"flows", "summaries", "sampling", "store"},
-    "compression": BOTTOM | {"flows", "inference", "integrators", "simulators"},
+    "compression": BOTTOM | {"flows", "inference", "integrators", "sampling", "simulators"},
     "sampling": BOTTOM | {"simulators", "cosmology", "integrators"},
     "diagnostics": BOTTOM,
     "store": BOTTOM,

@@ -1,5 +1,6 @@
 """Data to a few numbers by trained networks, and by scores of the latents."""
 
+from diffsbi.compression.field_mode import GaussianFieldMode
 from diffsbi.compression.fishnet_fit import fit_fishnet, load_fishnet, save_fishnet
 from diffsbi.compression.fishnets import Fishnet, Information, set_loss, stream
 from diffsbi.compression.graphs import Aggregation, FisherAggregation, Graph, GraphFishnet
@@ -21,6 +22,7 @@ __all__ = [
     "FisherAggregation",
     "FisherSum",
     "Fishnet",
+    "GaussianFieldMode",
     "Graph",
     "GraphFishnet",
     "HybridNetwork",

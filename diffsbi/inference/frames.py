@@ -7,13 +7,16 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from diffsbi._types import Array, Float
-from diffsbi.inference.standardise import Standardiser
+from diffsbi.inference.standardise import Standardiser, fit_standardiser
 
 REACH = 5.0
 """Widths beyond which residuals are counted in logarithms: an approximation at a wrong mode must not decide a fit."""
 
 PSEUDO_ROWS = 20.0
 """Simulations that the frames are believed for before any is seen."""
+
+FARTHEST = 4.0
+"""Standard deviations that no column of the condition is farther out than."""
 
 
 def frame_width(dim: int) -> int:
@@ -97,10 +100,14 @@ def winsorised(u: np.ndarray, cut: float = 4.0) -> np.ndarray:
     return np.clip(u, centre - reach, centre + reach)
 
 
-def towards_identity(standardiser: Standardiser, n: int) -> Standardiser:
-    r"""What n rows in local frames say of w, and `PSEUDO_ROWS` more that say that w is a standard normal."""
-    share = n / (n + PSEUDO_ROWS)
-    lower, slope = standardiser.lower, standardiser.slope
-    covariance = share * lower @ lower.T + (1 - share) * jnp.eye(len(lower), dtype=lower.dtype)
-    new = share * standardiser.u_loc, share * slope, jnp.linalg.cholesky(covariance)
-    return eqx.tree_at(lambda s: (s.u_loc, s.slope, s.lower), standardiser, new)
+def fit_in_frames(w, x) -> Standardiser:
+    r"""`fit_standardiser` of rows in local frames, which are believed where there are few rows, or none.
+
+    To the rows `PSEUDO_ROWS` are added that say that the frames are right, w a standard normal; single rows count for
+    little (`winsorised`), and data beyond the training rows are not extrapolated to (`FARTHEST`).
+    """
+    fitted = fit_standardiser(winsorised(w), x, FARTHEST)
+    share = len(w) / (len(w) + PSEUDO_ROWS)
+    covariance = share * fitted.lower @ fitted.lower.T + (1 - share) * jnp.eye(len(fitted.lower))
+    new = share * fitted.u_loc, share * fitted.slope, jnp.linalg.cholesky(covariance.astype(fitted.lower.dtype))
+    return eqx.tree_at(lambda s: (s.u_loc, s.slope, s.lower), fitted, new)

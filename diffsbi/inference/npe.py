@@ -8,12 +8,11 @@ import numpy as np
 
 from diffsbi._types import check_finite, check_names
 from diffsbi.inference.estimator import Density, Estimator
-from diffsbi.inference.frames import LocalFrame, towards_identity, winsorised
+from diffsbi.inference.frames import LocalFrame, fit_in_frames
 from diffsbi.inference.losses import Atomic, mean_nll, prior_score
 from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.inference.rows import Joined, blocks_of
-from diffsbi.inference.standardise import fit_standardiser
 
 _FEW = 0.1  # effective rows, as a fraction of all, below which importance weights are warned about
 
@@ -98,9 +97,9 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         return super()._config(rows, members) | ({"framed": True} if self.frame is not None else {})
 
     def _fit_standardiser(self, modelled, condition):
-        if self.frame is None:
-            return fit_standardiser(modelled, condition)
-        return towards_identity(fit_standardiser(winsorised(modelled), condition), len(modelled))
+        return (
+            super()._fit_standardiser(modelled, condition) if self.frame is None else fit_in_frames(modelled, condition)
+        )
 
     def _target_score(self, of_likelihood, of_prior):
         return of_likelihood + of_prior

@@ -16,6 +16,8 @@ class Standardiser(eqx.Module):
 
     W whitens the data, A is the ridge regression of u on c, and $L L^T$ the covariance of its leave-one-out
     residuals: v has unit variance and, for a linear Gaussian model, v | c is exactly standard normal.
+
+    With a `bound` b, c is $b \tanh(c / b)$ of that: data beyond the training rows are taken for the outermost ones.
     """
 
     x_loc: Float[Array, " d"]
@@ -23,10 +25,12 @@ class Standardiser(eqx.Module):
     u_loc: Float[Array, " p"]
     slope: Float[Array, "p d"]
     lower: Float[Array, "p p"]
+    bound: float | None = eqx.field(static=True, default=None)
 
     def condition(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """c(x)."""
-        return (x - jnp.broadcast_to(self.x_loc, x.shape)) @ self.whiten.T
+        c = (x - jnp.broadcast_to(self.x_loc, x.shape)) @ self.whiten.T
+        return c if self.bound is None else self.bound * jnp.tanh(c / self.bound)
 
     def to_standard(self, u: Float[Array, "*n p"], c: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """v(u, c)."""
@@ -51,18 +55,21 @@ class Standardiser(eqx.Module):
         return shift + jnp.broadcast_to(self.u_loc, shift.shape)
 
 
-def fit_standardiser(u, x) -> Standardiser:
+def fit_standardiser(u, x, bound: float | None = None) -> Standardiser:
     """The `Standardiser` of the rows `u (n, p)` and `x (n, d)`; the ridge is the one of least leave-one-out error."""
     u, x = np.asarray(u, np.float64), np.asarray(x, np.float64)
     x_loc, whiten = whitening(x)
     c = (x - x_loc) @ whiten.T
+    c = c if bound is None else bound * np.tanh(c / bound)
     u_loc = u.mean(0)
     slope, residual = ridge_regression(c, u - u_loc)
     covariance = residual.T @ residual / len(u)
     scale = np.sqrt(np.maximum(np.diag(covariance), 1e-12 * np.maximum(u.var(0), 1e-12)))
     correlation = covariance / np.outer(scale, scale) + 1e-6 * np.eye(len(scale))
     lower = scale[:, None] * np.linalg.cholesky(correlation)
-    return Standardiser(*(jnp.asarray(a, jnp.result_type(float)) for a in (x_loc, whiten, u_loc, slope, lower)))
+    return Standardiser(
+        *(jnp.asarray(a, jnp.result_type(float)) for a in (x_loc, whiten, u_loc, slope, lower)), bound=bound
+    )
 
 
 def whitening(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

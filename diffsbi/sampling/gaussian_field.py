@@ -154,18 +154,22 @@ def approximate_posterior(sim: LensingMaps, x, n_steps: int = 25) -> tuple[np.nd
     return _peak(GaussianFieldLikelihood(sim, x), n_steps)
 
 
+@eqx.filter_jit
+def _jacobian(prior, u):
+    return jax.jacfwd(prior.from_unconstrained)(u)
+
+
 def _peak(likelihood: GaussianFieldLikelihood, n_steps: int = 25) -> tuple[np.ndarray, np.ndarray]:
     prior = likelihood.sim.prior
     mean, sd = prior.unconstrained_spread()
     precision = np.diag(sd**-2)
     u = np.asarray(prior.to_unconstrained(prior.fiducial), float)
-    jacobian = jax.jit(jax.jacfwd(prior.from_unconstrained))
     best = (-np.inf, u, precision)
     step = np.zeros_like(u)
     for _ in range(n_steps):
         theta = prior.from_unconstrained(jnp.asarray(u, jnp.result_type(float)))
         score, fisher, fit = (np.asarray(a, float) for a in _scoring(likelihood, theta))
-        j = np.asarray(jacobian(jnp.asarray(u, jnp.result_type(float))), float)
+        j = np.asarray(_jacobian(prior, jnp.asarray(u, jnp.result_type(float))), float)
         value = float(fit) - 0.5 * (u - mean) @ precision @ (u - mean)
         if np.isfinite(value) and np.isfinite(fisher).all() and value > best[0]:
             curvature = j.T @ fisher @ j + precision

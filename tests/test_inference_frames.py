@@ -1,0 +1,246 @@
+"""Posteriors in the coordinates of each data set's own normal approximation, against answers known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+
+import diffsbi as ds
+from diffsbi.compression import GaussianFieldMode, LaplaceMode
+from diffsbi.inference import NPE, LocalFrame, load_posterior, pack_frame
+from diffsbi.inference.frames import FARTHEST, PSEUDO_ROWS, REACH, fit_in_frames, frame_width, winsorised
+from diffsbi.inference.standardise import fit_standardiser
+from diffsbi.prior import Prior
+from diffsbi.sampling.gaussian_field import approximate_posterior
+from diffsbi.simulators import AbstractSimulator
+from diffsbi.simulators.linear_gaussian import linear_gaussian
+
+SMALL = {"layers": 1, "width": 16, "depth": 1, "ramps": 4}
+
+
+class Decades(AbstractSimulator):
+    """Posteriors that are nearly normal, in places and of widths that vary by decades over the prior."""
+
+    prior: Prior = Prior({"a": dist.Normal(0.0, 1.5), "b": dist.Normal(0.0, 1.5)})
+
+    def latents(self, theta):
+        return dist.Normal(jnp.zeros(2), 0.1).to_event(1)
+
+    def likelihood(self, theta, z):
+        return dist.Normal(jnp.sinh(jnp.array([theta[0], theta[0] + theta[1]])) + z, 0.1).to_event(1)
+
+
+def frames(n, p, seed=0):
+    """Random means and roots, packed."""
+    rng = np.random.default_rng(seed)
+    root = np.tril(rng.standard_normal((n, p, p)), -1) + np.stack([np.diag(d) for d in np.exp(rng.normal(size=(n, p)))])
+    mean = rng.standard_normal((n, p))
+    return jnp.asarray(mean), jnp.asarray(root), pack_frame(jnp.asarray(mean), jnp.asarray(root))
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_a_frame_is_what_was_packed_and_its_coordinates_are_a_bijection(x64, p):
+    mean, root, x = frames(50, p)
+    frame = LocalFrame(p)
+    assert x.shape == (50, frame_width(p)) and frame_width(p) == p + p * (p + 1) // 2
+    for found, expected in zip(frame.unpack(x), (mean, root), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+    w = 3 * jax.random.normal(jax.random.key(1), (50, p))
+    u = frame.from_local(w, x)
+    back, log_det = frame.to_local(u, x)
+    np.testing.assert_allclose(back, w, rtol=1e-9, atol=1e-10)
+    jacobian = jax.vmap(jax.jacfwd(lambda u, x: frame.to_local(u, x)[0]))(u, x)
+    np.testing.assert_allclose(log_det, np.linalg.slogdet(np.asarray(jacobian))[1], rtol=1e-9)
+
+
+def test_near_the_mean_they_are_standard_coordinates_and_far_out_logarithms(x64):
+    mean, root, x = frames(1, 2)
+    r = jnp.array([[0.01, -0.02]])
+    w, _ = LocalFrame(2).to_local(mean + r @ root[0].T, x)
+    np.testing.assert_allclose(w, r, rtol=1e-4)
+    w, _ = LocalFrame(2).to_local(mean + 1e6 * (r @ root[0].T), x)
+    np.testing.assert_allclose(w, REACH * np.sign(r) * np.log(2e6 * np.abs(r) / REACH), rtol=1e-4)
+
+
+def test_the_score_in_the_frame_is_that_of_the_density_there(x64):
+    mean, root, x = frames(20, 3)
+    frame = LocalFrame(3)
+    density = lambda u: dist.StudentT(5.0, 0.3, 2.0).log_prob(u).sum()  # noqa: E731
+
+    def local(w, x):
+        u = frame.from_local(w, x)
+        return density(u) - frame.to_local(u, x)[1]
+
+    w = 2 * jax.random.normal(jax.random.key(2), (20, 3))
+    u = frame.from_local(w, x)
+    found = frame.score_to_local(jax.vmap(jax.grad(density))(u), u, x)
+    step = 1e-6
+    for a in range(3):
+        e = jnp.broadcast_to(step * jnp.eye(3)[a], w.shape)
+        slope = (jax.vmap(local)(w + e, x) - jax.vmap(local)(w - e, x)) / (2 * step)
+        np.testing.assert_allclose(found[:, a], slope, rtol=1e-5, atol=1e-6)
+
+
+def test_few_rows_are_believed_less_than_the_frames():
+    rng = np.random.default_rng(0)
+    w, x = 3.0 + 0.5 * rng.standard_normal((20, 2)), rng.standard_normal((20, 1))
+    plain, shrunk = fit_standardiser(w, x, FARTHEST), fit_in_frames(w, x)
+    share = 20 / (20 + PSEUDO_ROWS)
+    np.testing.assert_allclose(shrunk.u_loc, share * plain.u_loc, rtol=1e-6)
+    expected = share * plain.lower @ plain.lower.T + (1 - share) * np.eye(2)
+    np.testing.assert_allclose(shrunk.lower @ shrunk.lower.T, expected, rtol=1e-5)
+    many = fit_in_frames(*(np.tile(a, (5000, 1)) for a in (w, x)))
+    np.testing.assert_allclose(many.u_loc, w.mean(0), rtol=1e-3)
+
+
+def test_data_far_outside_are_taken_for_the_outermost_ones(x64):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 2))
+    fitted = fit_in_frames(rng.standard_normal((200, 2)), x)
+    far, farther = fitted.condition(jnp.array([[1e3, 0.0], [1e6, 0.0]]))
+    np.testing.assert_allclose(far, farther, rtol=1e-3)
+    assert np.abs(far).max() <= FARTHEST
+    near = fit_standardiser(rng.standard_normal((200, 2)), x).condition(jnp.asarray(x))
+    np.testing.assert_allclose(fitted.condition(jnp.asarray(x)), FARTHEST * np.tanh(near / FARTHEST), rtol=1e-9)
+
+
+def test_outliers_are_held_and_the_others_left():
+    u = np.random.default_rng(0).standard_normal((500, 1))
+    u[0] = 1e9
+    held = winsorised(u)
+    assert 3 < held[0, 0] < 6
+    np.testing.assert_array_equal(held[np.abs(u) < 3], u[np.abs(u) < 3])
+
+
+def exact(sim, x):
+    mean, covariance = sim.posterior(x)
+    return mean, jnp.linalg.cholesky(covariance)
+
+
+def test_laplace_mode_is_the_exact_posterior_of_a_linear_simulator(x64):
+    sim = linear_gaussian()
+    x = sim.draw(jax.random.key(0), 5).x
+    found = LaplaceMode(sim, n_starts=2, n_steps=12).many(x)
+    mean, root = LocalFrame(sim.prior.dim).unpack(found)
+    for row in range(5):
+        # The prior is normal in theta, so its unconstrained space is theta.
+        for a, b in zip((mean[row], root[row]), exact(sim, x[row]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(LaplaceMode(sim, n_starts=2, n_steps=12)(x[2]), found[2], rtol=1e-7, atol=1e-9)
+
+
+def test_laplace_mode_rows_do_not_depend_on_how_many_there_are():
+    sim = linear_gaussian()
+    x = sim.draw(jax.random.key(0), 70, with_score=False).x
+    mode = LaplaceMode(sim, n_starts=1, n_steps=4)
+    np.testing.assert_allclose(mode.many(x)[64:], mode.many(x[64:]), rtol=2e-4, atol=2e-5)
+
+
+def test_laplace_mode_covers_the_truth_where_posteriors_move_and_change_their_width():
+    sim = Decades()
+    draws = sim.draw(jax.random.key(3), 400, with_score=False)
+    numbers = LaplaceMode(sim, n_starts=4, n_steps=20).many(draws.x)
+    mean, root = LocalFrame(2).unpack(numbers)
+    r = jnp.linalg.solve(root, (draws.theta - mean)[..., None])[..., 0]
+    # Standard errors: .05 of the mean, .035 of the deviation.
+    assert np.abs(np.asarray(r).mean(0)).max() < 0.2 and np.abs(np.asarray(r).std(0) - 1).max() < 0.15
+    assert np.ptp(np.log(np.asarray(root)[:, 0, 0])) > 1.5, "the test is meant to have widths that vary"
+
+
+def test_the_gaussian_field_mode_covers_the_truth_of_gaussian_maps():
+    sim = ds.lsst_y10(n_pix=32, side_deg=1.25, field="gaussian")
+    draws = sim.draw(jax.random.key(0), 60, with_score=False)
+    mode = GaussianFieldMode(sim)
+    numbers = mode.many(draws.x)
+    assert numbers.shape == (60, frame_width(6)) and np.all(np.isfinite(numbers))
+    u = sim.prior.to_unconstrained(draws.theta)
+    mean, root = LocalFrame(6).unpack(numbers)
+    r = np.asarray(jnp.linalg.solve(root, (u - mean)[..., None])[..., 0])
+    # Standard errors of one parameter: .13 of the mean, .09 of the deviation.
+    assert np.abs(r.mean(0)).max() < 0.45 and np.abs(r.std(0) - 1).max() < 0.35
+    np.testing.assert_allclose(mode(draws.x[3]), numbers[3], rtol=1e-3, atol=1e-3)
+    x = np.asarray(draws.x[0])
+    np.testing.assert_allclose(numbers[0, :6], approximate_posterior(sim, x)[0], rtol=1e-3, atol=1e-3)
+
+
+def wide_case(n, seed):
+    sim = Decades()
+    draws = sim.draw(jax.random.key(seed), n)
+    return sim, draws, LaplaceMode(sim, n_starts=4, n_steps=20).many(draws.x)
+
+
+def mean_log_prob(posterior, theta, x):
+    return float(np.mean(posterior.log_prob(theta, x)))
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Held-out log q of plain and framed NPE, with and without scores, from 60 simulations of a wide prior."""
+    sim, test, test_numbers = wide_case(300, 100)
+    out, framed = {}, None
+    for seed in range(3):
+        _, draws, numbers = wide_case(60, seed)
+        for name in ("plain", "framed", "framed scores"):
+            score = draws.score if "scores" in name else None
+            npe = NPE(sim, density_options=SMALL, framed=name != "plain")
+            npe.append(draws.theta, draws.x if name == "plain" else numbers, score)
+            posterior = npe.fit(jax.random.key(seed), members=1, max_epochs=60)
+            x = test.x if name == "plain" else test_numbers
+            out.setdefault(name, []).append(mean_log_prob(posterior, test.theta, x))
+            framed = posterior if name == "framed" else framed
+    return sim, {name: np.array(values) for name, values in out.items()}, framed, test_numbers
+
+
+def test_posteriors_over_a_wide_prior_are_learned_in_their_frames_from_few_simulations(wide):
+    _, found, *_ = wide
+    for name in ("framed", "framed scores"):
+        gain = found[name] - found["plain"]
+        assert gain.min() > 0.3, found
+    assert (found["framed scores"] - found["framed"]).mean() > -0.05, found
+
+
+def test_a_framed_density_is_normalised_and_its_draws_follow_it(wide):
+    _, _, posterior, numbers = wide
+    x = numbers[0]
+    mean, root = LocalFrame(2).unpack(x)
+    draws = np.asarray(posterior.sample(jax.random.key(0), 20_000, x))
+    t = dist.StudentT(4.0)
+    r = t.sample(jax.random.key(1), (20_000, 2))
+    theta = jnp.broadcast_to(mean, r.shape) + 1.5 * r @ root.T
+    log_q = posterior.log_prob(theta, jnp.broadcast_to(x, (20_000, len(x))))
+    log_weight = np.asarray(log_q - t.log_prob(r).sum(-1) + jnp.log(jnp.linalg.det(1.5 * root)))
+    weight = np.exp(log_weight)
+    error = weight.std() / np.sqrt(len(weight))
+    assert abs(weight.mean() - 1) < 4 * error < 0.1
+    by_weight = np.average(np.asarray(theta), axis=0, weights=weight)
+    assert np.all(np.abs(by_weight - draws.mean(0)) < 0.06 * np.sqrt(np.diag(root @ root.T)))
+
+
+def test_a_framed_posterior_is_the_same_after_saving(wide, tmp_path):
+    _, _, posterior, numbers = wide
+    posterior.save(tmp_path / "framed")
+    again = load_posterior(tmp_path / "framed")
+    draws = posterior.sample(jax.random.key(0), 10, numbers[0])
+    np.testing.assert_array_equal(again.sample(jax.random.key(0), 10, numbers[0]), draws)
+    np.testing.assert_array_equal(again.log_prob(draws, numbers[0]), posterior.log_prob(draws, numbers[0]))
+
+
+def test_bad_input_is_refused_by_name():
+    sim = linear_gaussian()
+    with pytest.raises(ValueError, match=r"begins with a normal approximation .*got 1 columns"):
+        NPE(sim, framed=True).append(sim.prior.sample(jax.random.key(0), (20,)), np.zeros((20, 1)))
+    with pytest.raises(ValueError, match="framed=True; got 'atomic'"):
+        NPE(sim, framed=True, correction="atomic")
+    with pytest.raises(ValueError, match=r"root with shape \(3, 2, 2\); got \(3, 2\)"):
+        pack_frame(jnp.zeros((3, 2)), jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match="n_starts >= 1 and n_steps >= 1; got 0 and 3"):
+        LaplaceMode(sim, n_starts=0, n_steps=3)
+    with pytest.raises(ValueError, match=r"trailing shape \(6,\); got \(2, 99\)"):
+        LaplaceMode(sim, n_starts=1, n_steps=1).many(np.zeros((2, 99)))
+    with pytest.raises(TypeError, match="Expected a LensingMaps; got LinearGaussian"):
+        GaussianFieldMode(sim)
+    with pytest.raises(ValueError, match=r"trailing shape \(5, 16, 16\); got \(2, 5, 8, 8\)"):
+        GaussianFieldMode(ds.lsst_y10(n_pix=16, side_deg=1.0)).many(np.zeros((2, 5, 8, 8)))
+    with pytest.raises(ValueError, match="latents for LaplaceMode; got"):
+        LaplaceMode(ds.lsst_y10(n_pix=16, side_deg=1.0))
