@@ -79,6 +79,8 @@ def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `distances.json`, print the tables."""
     check_names([cfg.summary], ["mode", "logs"], "summary")
     check_names(cfg.proposals, ["wide", "narrow"], "proposals")
+    if not set(cfg.coverage_n) <= set(cfg.n):
+        raise ValueError(f"Expected coverage_n among n={cfg.n}, whose fits are made; got {cfg.coverage_n}.")
     if cfg.coverage_n and cfg.n_coverage < cfg.seeds:
         raise ValueError(f"Expected n_coverage >= seeds ({cfg.seeds}); got {cfg.n_coverage}.")
     streams = ("observed", "exact", *(f"{stream}_{p}" for p in ("narrow", "wide") for stream in ("theta", "draws")))

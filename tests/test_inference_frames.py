@@ -148,6 +148,53 @@ def test_laplace_mode_covers_the_truth_where_posteriors_move_and_change_their_wi
     assert np.ptp(np.log(np.asarray(root)[:, 0, 0])) > 1.5, "the test is meant to have widths that vary"
 
 
+class Wide(AbstractSimulator):
+    """Latents and a parameter that are both far wider than one, and of which the data know the sum."""
+
+    prior: Prior = Prior({"a": dist.Normal(0.0, 100.0)})
+
+    def latents(self, theta):
+        return dist.Normal(jnp.zeros(1), 100.0).to_event(1)
+
+    def likelihood(self, theta, z):
+        return dist.Normal(theta + z, 1.0).to_event(1)
+
+
+def test_laplace_mode_is_exact_whatever_the_units_of_the_latents(x64):
+    mean, root = LocalFrame(1).unpack(LaplaceMode(Wide(), n_starts=3, n_steps=20)(jnp.array([50.0])))
+    np.testing.assert_allclose(mean, [50 * 1e4 / (2e4 + 1)], rtol=1e-6)
+    np.testing.assert_allclose(root, [[np.sqrt(1e4 - 1e8 / (2e4 + 1))]], rtol=1e-6)
+
+
+def test_a_summary_of_rounds_can_be_a_frame():
+    sim = linear_gaussian()
+    x = sim.draw(jax.random.key(0), 1, sim.fiducial, with_score=False).x[0]
+    npe = NPE(sim, density_options=SMALL, framed=True)
+    mode = LaplaceMode(sim, n_starts=1, n_steps=4)
+    found = ds.rounds(
+        sim, x, npe, jax.random.key(1), n_rounds=1, n_per_round=40, summary=mode, fit=dict(members=1, max_epochs=5)
+    )
+    draws = np.asarray(found.posterior.sample(jax.random.key(2), 2000, mode(x)))
+    mean, root = exact(sim, x)
+    assert np.all(np.abs(draws.mean(0) - mean) < 0.6 * np.sqrt(np.diag(root @ root.T)))
+
+
+def test_a_store_on_disk_is_taken_and_too_few_columns_are_not(tmp_path):
+    theta = np.random.default_rng(0).standard_normal((40, 1)).astype(np.float32)
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(40, 2))
+    npe = NPE(Wide(), framed=True)
+    npe.append(theta, x)
+    with pytest.raises(ValueError, match="got 1 columns"):
+        npe.append(theta, np.memmap(tmp_path / "y", np.float32, "w+", shape=(40, 1)))
+
+
+def test_data_that_are_no_frames_are_warned_about():
+    theta = np.random.default_rng(0).uniform(100, 300, (40, 1))
+    npe = NPE(Wide(), density_options=SMALL, framed=True).append(theta, np.zeros((40, 2)))
+    with pytest.warns(UserWarning, match="does x begin with pack_frame"):
+        npe.fit(jax.random.key(0), members=1, max_epochs=1)
+
+
 def test_the_gaussian_field_mode_covers_the_truth_of_gaussian_maps():
     sim = ds.lsst_y10(n_pix=32, side_deg=1.25, field="gaussian")
     draws = sim.draw(jax.random.key(0), 60, with_score=False)
@@ -234,6 +281,9 @@ def test_bad_input_is_refused_by_name():
         NPE(sim, framed=True, correction="atomic")
     with pytest.raises(ValueError, match=r"root with shape \(3, 2, 2\); got \(3, 2\)"):
         pack_frame(jnp.zeros((3, 2)), jnp.ones((3, 2)))
+    for wrong in (np.array([[1.0, 0.9], [0.9, 1.0]]), np.diag([1.0, -1.0])):
+        with pytest.raises(ValueError, match="lower triangular roots with a positive diagonal; 1 are not"):
+            pack_frame(jnp.zeros((1, 2)), jnp.asarray(wrong)[None])
     with pytest.raises(ValueError, match="n_starts >= 1 and n_steps >= 1; got 0 and 3"):
         LaplaceMode(sim, n_starts=0, n_steps=3)
     with pytest.raises(ValueError, match=r"trailing shape \(6,\); got \(2, 99\)"):

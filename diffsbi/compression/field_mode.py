@@ -15,9 +15,10 @@ class GaussianFieldMode(eqx.Module):
     r"""$x \to$ the normal approximation of $p(\theta | x)$ that takes the maps for Gaussian fields, 27 numbers.
 
     Mode and curvature of the likelihood of all modes' powers with the latents integrated out
-    (`sampling.gaussian_field.GaussianFieldLikelihood`) under the prior, by damped Fisher scoring, as `pack_frame`. It
-    needs neither simulations nor gradients of the map. What is not Gaussian is left out: `NPE(sim, framed=True)` learns
-    it, about a posterior that it need not find first. `LaplaceMode` does so for simulators with few latents.
+    (`sampling.gaussian_field.GaussianFieldLikelihood`) under a normal with the moments of the prior in unconstrained
+    space, by damped Fisher scoring, as `pack_frame`. It needs neither simulations nor gradients of the map. JAX cannot
+    trace it: it is no `summary` of `rounds`. What is not Gaussian is left out: `NPE(sim, framed=True)` learns it, about
+    a posterior that it need not find first. `LaplaceMode` does so for simulators with few latents.
 
     Args:
         sim: The survey.

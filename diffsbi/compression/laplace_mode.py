@@ -15,6 +15,7 @@ from diffsbi.inference.frames import pack_frame
 from diffsbi.simulators.laplace import MAX_LATENTS, positive, slope_and_curvature
 
 _DAMPING = (1e-6, 1e-1, 1e8)  # least, first and largest
+_DRAWN = 200  # simulations that tell the latents' widths
 _ROWS = 64  # of data that are worked on at once
 
 
@@ -49,8 +50,8 @@ class LaplaceMode(eqx.Module):
     """
 
     sim: Any
-    centre: Float[Array, " p"]
-    spread: Float[Array, " p"]
+    centre: Float[Array, " p_l"]
+    spread: Float[Array, " p_l"]
     starts: Float[Array, "k n"]
     n_steps: int = eqx.field(static=True)
 
@@ -62,12 +63,21 @@ class LaplaceMode(eqx.Module):
         n = int(np.prod(latents.shape()))
         if n > MAX_LATENTS:
             raise ValueError(f"Expected at most {MAX_LATENTS} latents for LaplaceMode; got {n}.")
-        self.centre, self.spread = (jnp.asarray(a, jnp.result_type(float)) for a in sim.prior.unconstrained_spread())
-        self.starts = _starts(sim, self.centre, self.spread, jax.random.key(seed), n_starts)
+        drawn = _drawn(sim, jax.random.key(seed), max(n_starts, _DRAWN))
+        self.centre, self.spread = _scale(sim.prior.unconstrained_spread(), drawn)
+        starts = (drawn[:n_starts] - self.centre[None]) / self.spread[None]
+        self.starts = starts.at[0].set(0.0)
 
+    @eqx.filter_jit
     def __call__(self, x: Array) -> Float[Array, " k"]:
         """The numbers of one data set."""
-        return self.many(jnp.asarray(x)[None])[0]
+        x = jnp.asarray(x, jnp.result_type(float))
+        check_trailing("x", x, self._shape)
+        return self._one(x)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return jax.eval_shape(lambda: self.sim.draw_one(jax.random.key(0)))[2].shape
 
     def many(self, x, *, progress: bool = False) -> Float[Array, "m k"]:
         """The numbers of every row of `x`.
@@ -76,7 +86,7 @@ class LaplaceMode(eqx.Module):
             ValueError: Rows of another shape than the simulator's data, or not finite.
         """
         x = jnp.asarray(x, jnp.result_type(float))
-        shape = jax.eval_shape(lambda: self.sim.draw_one(jax.random.key(0)))[2].shape
+        shape = self._shape
         if x.ndim != len(shape) + 1 or not len(x):
             raise ValueError(f"Expected rows of data of shape {shape}; got an array of shape {x.shape}.")
         check_trailing("x", x, shape)
@@ -91,21 +101,21 @@ class LaplaceMode(eqx.Module):
 
     def _one(self, x: Array) -> Float[Array, " k"]:
         p = self.sim.prior.dim
-        mean, spread = self.centre, self.spread
+        mean, spread = self.centre.astype(x.dtype), self.spread.astype(x.dtype)
 
         def theta_of(v):
-            return self.sim.prior.from_unconstrained(mean + spread * v[:p])
+            return self.sim.prior.from_unconstrained(mean[:p] + spread[:p] * v[:p])
+
+        def latents_of(v):
+            return _latents_of(self.sim, theta_of(v), mean[p:] + spread[p:] * v[p:])
 
         def likelihood(v):
-            theta = theta_of(v)
-            z, _ = _latents_of(self.sim, theta, v[p:])
-            return self.sim.likelihood(self.sim.setup(theta), z)
+            return self.sim.likelihood(self.sim.setup(theta_of(v)), latents_of(v)[0])
 
         def log_prior(v):
-            z, log_det = _latents_of(self.sim, theta_of(v), v[p:])
-            latents = _latents(self.sim, theta_of(v))
-            of_theta = self.sim.prior.log_prob_unconstrained(mean + spread * v[:p])
-            return of_theta + jnp.sum(latents.log_prob(z)) + log_det
+            z, log_det = latents_of(v)
+            of_theta = self.sim.prior.log_prob_unconstrained(mean[:p] + spread[:p] * v[:p])
+            return of_theta + jnp.sum(_latents(self.sim, theta_of(v)).log_prob(z)) + log_det
 
         def density(v):
             value = log_prior(v) + jnp.sum(likelihood(v).log_prob(x))
@@ -131,8 +141,8 @@ class LaplaceMode(eqx.Module):
         modes, roots, evidence = jax.vmap(search)(self.starts.astype(x.dtype))
         best = jnp.argmax(jnp.where(jnp.isfinite(evidence), evidence, -jnp.inf))
         inverse = solve_triangular(roots[best], jnp.eye(len(modes[best]), dtype=x.dtype), lower=True)[:, :p]
-        covariance = inverse.T @ inverse * spread[:, None] * spread[None, :]
-        return pack_frame(mean + spread * modes[best, :p], jnp.linalg.cholesky(covariance))
+        covariance = inverse.T @ inverse * spread[:p, None] * spread[None, :p]
+        return pack_frame(mean[:p] + spread[:p] * modes[best, :p], jnp.linalg.cholesky(covariance))
 
 
 def _latents(sim, theta):
@@ -149,17 +159,24 @@ def _latents_of(sim, theta, w):
 
 
 @eqx.filter_jit
-def _starts(sim, mean, spread, key, n: int):
-    """Parameters in widths of the prior about its centre, and latents in their unconstrained space, `(n, p + l)`."""
+def _drawn(sim, key, n: int):
+    """Unconstrained parameters and latents of simulations, `(n, p + l)`."""
 
     def one(key):
         theta, z, _ = sim.draw_one(key)
         w = biject_to(_latents(sim, theta).support).inv(z).ravel()
-        return jnp.concatenate([(sim.prior.to_unconstrained(theta) - mean) / spread, w])
+        return jnp.concatenate([sim.prior.to_unconstrained(theta), w])
 
-    drawn = jax.vmap(one)(jax.random.split(key, n))
-    centre = jnp.concatenate([jnp.zeros(sim.prior.dim), jnp.median(drawn[:, sim.prior.dim :], 0)])
-    return drawn.at[0].set(centre)
+    return jax.vmap(one)(jax.random.split(key, n))
+
+
+def _scale(of_prior, drawn: Float[Array, "n p_l"]) -> tuple[Float[Array, " p_l"], Float[Array, " p_l"]]:
+    """Centre and width of parameters, as given, and of latents, robustly: curvatures are compared with these."""
+    w = np.asarray(drawn, float)[:, len(of_prior[0]) :]
+    centre = np.median(w, 0)
+    width = 1.4826 * np.median(np.abs(w - centre), 0)
+    both = (of_prior[0], centre), (of_prior[1], np.where(width > 0, width, 1.0))
+    return tuple(jnp.asarray(np.concatenate(parts), drawn.dtype) for parts in both)
 
 
 @eqx.filter_jit

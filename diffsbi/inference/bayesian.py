@@ -14,6 +14,7 @@ Draws of w become the members of an ordinary posterior object: their mixture is 
 integrated out, and `network_spread` tells how much of its width is the network's.
 """
 
+import dataclasses
 import json
 import warnings
 from typing import Any, NamedTuple, TypeVar
@@ -28,7 +29,7 @@ from diffsbi._types import Array, Float, Key, check_key
 from diffsbi.flows.affine import ConditionalAffine
 from diffsbi.inference.estimator import SMALLEST_N, Estimator
 from diffsbi.inference.fmpe import FMPE
-from diffsbi.inference.losses import AbstractScoreLoss, ScoredDensity, Start
+from diffsbi.inference.losses import AbstractScoreLoss, MeasuredScore, ScoredDensity, Start
 from diffsbi.inference.nre import RatioMember
 from diffsbi.inference.posterior import FittedPosterior, Member
 from diffsbi.inference.streams import InMemory, Stream
@@ -103,6 +104,11 @@ class NegativeElbo(eqx.Module):
         return jnp.mean(jax.vmap(at)(normal)) + divergence / self.rows
 
 
+def _as_density(loss: AbstractScoreLoss) -> AbstractScoreLoss:
+    """The loss as a log-density of rows and scores, whose level of noise does not depend on the residuals."""
+    return dataclasses.replace(loss, share=1.0) if isinstance(loss, MeasuredScore) else loss
+
+
 class _LogPosterior(eqx.Module):
     """The weights' log-posterior at z, up to a constant."""
 
@@ -167,7 +173,7 @@ def fit_variational(
         data, judged = start.train, start.validation
         n = len(estimator) - len(judged["v"])
     model = {"mean": fitted, "log_sd": jnp.full_like(fitted, _FIRST_LOG_SD)}
-    bound = NegativeElbo(start.loss, weights, n, draws)
+    bound = NegativeElbo(_as_density(start.loss), weights, n, draws)
     model, history = fit(key_elbo, model, data, judged, bound, **options | {"learning_rate": learning_rate})
     normal = jax.random.normal(key_draw, (members, fitted.size), fitted.dtype)
     chosen = model["mean"][None] + jnp.exp(model["log_sd"])[None] * normal
@@ -227,7 +233,7 @@ def fit_chains(
     options = schedule(len(estimator), max_epochs, batch_size, patience) | {"progress": progress}
     start, weights, fitted, history = _ordinary(estimator, key_fit, rows, prior_scale, options)
     init = fitted[None] + 0.1 * jax.random.normal(key_init, (n_chains, fitted.size), fitted.dtype)
-    target = _LogPosterior(start.loss, weights, _all_rows(start))
+    target = _LogPosterior(_as_density(start.loss), weights, _all_rows(start))
     chains = nuts(
         target, init, key_chain, n_warmup, n_samples,
         mass="diagonal", max_tree_depth=max_tree_depth, chain_method="vectorized", progress=progress,

@@ -32,11 +32,18 @@ def pack_frame(mean: Float[Array, "*n p"], root: Float[Array, "*n p p"]) -> Floa
         root: L, the lower Cholesky factor of the covariance there, with a positive diagonal.
 
     Raises:
-        ValueError: Shapes that do not belong together.
+        ValueError: Shapes that do not belong together, or a root that is not lower triangular of positive diagonal.
     """
     if root.shape != (*mean.shape, mean.shape[-1]):
         raise ValueError(f"Expected root with shape {(*mean.shape, mean.shape[-1])}; got {root.shape}.")
     diagonal = jnp.diagonal(root, axis1=-2, axis2=-1)
+    if not isinstance(root, jax.core.Tracer):
+        bad = np.any(np.triu(np.asarray(root), 1) != 0, (-2, -1)) | np.any(np.asarray(diagonal) <= 0, -1)
+        if np.any(bad):
+            example = np.asarray(root)[bad][0].tolist()
+            raise ValueError(
+                f"Expected lower triangular roots with a positive diagonal; {bad.sum()} are not: {example}."
+            )
     i, j = np.tril_indices(mean.shape[-1], -1)
     return jnp.concatenate([mean, jnp.log(diagonal), root[..., i, j] / diagonal[..., i]], -1)
 
@@ -49,9 +56,11 @@ class LocalFrame(eqx.Module):
 
     Attributes:
         dim: Number of parameters p.
+        reach: The 5 above.
     """
 
     dim: int = eqx.field(static=True)
+    reach: float = eqx.field(static=True, default=REACH)
 
     def unpack(self, x: Float[Array, "*n d"]) -> tuple[Float[Array, "*n p"], Float[Array, "*n p p"]]:
         """(m, L) of rows of x."""
@@ -65,13 +74,13 @@ class LocalFrame(eqx.Module):
         r"""$(w, \log|\det \partial w/\partial u|)$; leading dimensions are the same."""
         mean, root = self.unpack(x)
         r = solve_triangular(root, (u - mean)[..., None], lower=True)[..., 0]
-        log_slope = -0.5 * jnp.log1p((r / REACH) ** 2) - x[..., self.dim : 2 * self.dim]
-        return REACH * jnp.arcsinh(r / REACH), jnp.sum(log_slope, -1)
+        log_slope = -0.5 * jnp.log1p((r / self.reach) ** 2) - x[..., self.dim : 2 * self.dim]
+        return self.reach * jnp.arcsinh(r / self.reach), jnp.sum(log_slope, -1)
 
     def from_local(self, w: Float[Array, "*n p"], x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """u(w, x)."""
         mean, root = self.unpack(x)
-        return mean + jnp.einsum("...ij,...j->...i", root, REACH * jnp.sinh(w / REACH))
+        return mean + jnp.einsum("...ij,...j->...i", root, self.reach * jnp.sinh(w / self.reach))
 
     def score_to_local(self, score: Float[Array, "n p"], u: Float[Array, "n p"], x: Float[Array, "n d"]):
         r"""$\nabla_w \log p(w | x) = (\partial u/\partial w)^T \nabla_u \log p(u | x) + \nabla_w \log|\det|$."""
@@ -79,7 +88,7 @@ class LocalFrame(eqx.Module):
         def one(score, u, x):
             w, _ = self.to_local(u, x)
             _, pull_back = jax.vjp(lambda w: self.from_local(w, x), w)
-            return pull_back(score)[0] + jnp.tanh(w / REACH) / REACH
+            return pull_back(score)[0] + jnp.tanh(w / self.reach) / self.reach
 
         return jax.vmap(one)(score, u, x)
 
@@ -104,7 +113,7 @@ def fit_in_frames(w, x) -> Standardiser:
     r"""`fit_standardiser` of rows in local frames, which are believed where there are few rows, or none.
 
     To the rows `PSEUDO_ROWS` are added that say that the frames are right, w a standard normal; single rows count for
-    little (`winsorised`), and data beyond the training rows are not extrapolated to (`FARTHEST`).
+    little (`winsorised`), and no data are farther out than `FARTHEST`.
     """
     fitted = fit_standardiser(winsorised(w), x, FARTHEST)
     share = len(w) / (len(w) + PSEUDO_ROWS)

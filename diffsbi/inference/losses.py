@@ -228,16 +228,21 @@ class MeasuredScore(AbstractScoreLoss):
     \frac12\log\det\Sigma$, in every direction by its own. $\Sigma$ is at its optimum the measured covariance of the
     residuals $r = s - \nabla_v\log q$: a score that is all noise gets no weight, an exact one gets much (at most
     1/0.05² in units of the posterior's own score variance).
+
+    The level of the noise counts as far as scores are noise (`noise_share`, of each batch): what a density has not
+    learned yet of exact ones must not pass for it. `share` fixes that; 1 is the log-density of all scores as it stands.
     """
 
     along: Array | None = None
     first: FirstTerm = mean_nll
+    share: float | None = None
 
     def __call__(self, params, static, batch, key):
         model = eqx.combine(params, static)
         value, residual = self.value_and_residual(model.density, batch)
         white, log_det = model.whiten_noise(residual)
-        level = noise_share(batch, residual) * model.log_level(batch["v"], batch["c"])
+        share = noise_share(batch, residual) if self.share is None else self.share
+        level = share * model.log_level(batch["v"], batch["c"])
         distance = jnp.sum(white**2, -1) * jnp.exp(-2 * level)
         of_score = batch["use"] * (0.5 * distance + level * residual.shape[-1] - log_det)
         return self.first(model.density, batch, value) + jnp.mean(of_score)

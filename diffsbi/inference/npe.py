@@ -8,13 +8,14 @@ import numpy as np
 
 from diffsbi._types import check_finite, check_names
 from diffsbi.inference.estimator import Density, Estimator
-from diffsbi.inference.frames import LocalFrame, fit_in_frames
+from diffsbi.inference.frames import FARTHEST, LocalFrame, fit_in_frames
 from diffsbi.inference.losses import Atomic, mean_nll, prior_score
 from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.reweighted import ReweightedPosterior
-from diffsbi.inference.rows import Joined, blocks_of
+from diffsbi.inference.rows import Joined, as_rows, blocks_of
 
 _FEW = 0.1  # effective rows, as a fraction of all, below which importance weights are warned about
+_FAR = 7.0  # of parameters in local frames, where half of them are a sign of wrong frames
 
 
 class NPE(Estimator[Posterior | ReweightedPosterior]):
@@ -72,8 +73,8 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         self.frame = LocalFrame(self.prior.dim) if framed else None
 
     def append(self, theta, x, score=None, **settings: Any) -> Self:
-        if self.frame is not None and np.ndim(x) == 2:
-            self.frame.check(np.shape(x)[1])
+        if self.frame is not None and len(shape := as_rows(x).shape) == 2:
+            self.frame.check(shape[1])
         return super().append(theta, x, score, **settings)
 
     append.__doc__ = Estimator.append.__doc__
@@ -91,10 +92,19 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
             moved["score"] = self.frame.score_to_local(jnp.asarray(rows["score"]), u, x)
         for name, value in moved.items():
             check_finite(f"{name} in the local frame", value)
+        if (far := float(jnp.median(jnp.abs(moved["u"])))) > _FAR:
+            warnings.warn(
+                f"Half of the parameters are {far:.1f} or more from their frames' means, in 5 asinh(r / 5) of r "
+                "standard deviations: does x begin with pack_frame(mean, root)?",
+                stacklevel=2,
+            )
         return rows | {name: np.asarray(value) for name, value in moved.items()}
 
     def _config(self, rows, members):
-        return super()._config(rows, members) | ({"framed": True} if self.frame is not None else {})
+        config = super()._config(rows, members)
+        if self.frame is not None:
+            config["framed"] = {"reach": self.frame.reach, "bound": FARTHEST}
+        return config
 
     def _fit_standardiser(self, modelled, condition):
         return (

@@ -23,7 +23,7 @@ from numpyro.distributions.truncated import (
 
 from diffsbi._types import check_names
 from diffsbi.inference.estimator import build_density
-from diffsbi.inference.frames import FARTHEST, LocalFrame
+from diffsbi.inference.frames import LocalFrame
 from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.nre import RatioMember, ratio_network
 from diffsbi.inference.posterior import FittedPosterior, Member, Posterior
@@ -214,8 +214,9 @@ def _matching_prior(path, header, names, prior: Prior | None) -> Prior:
 def _empty_member(density, dim: int, config: dict[str, Any]) -> Member:
     of, given = (config["x_dim"], dim) if _models_data(config) else (dim, config["x_dim"])
     shapes = ((given,), (given, given), (of,), (of, given), (of, of))
-    frame = LocalFrame(dim) if config.get("framed") else None
-    standardiser = Standardiser(*(jnp.zeros(shape) for shape in shapes), bound=FARTHEST if frame else None)
+    framed = config.get("framed")
+    frame = LocalFrame(dim, framed["reach"]) if framed else None
+    standardiser = Standardiser(*(jnp.zeros(shape) for shape in shapes), bound=framed["bound"] if framed else None)
     if config.get("estimator") == "NRE":
         return RatioMember(standardiser, ratio_network(jax.random.key(0), of, given, **config["density_options"]))
     return Member(standardiser, build_density(jax.random.key(0), density, of, given, config["density_options"]), frame)

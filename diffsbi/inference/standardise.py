@@ -17,7 +17,7 @@ class Standardiser(eqx.Module):
     W whitens the data, A is the ridge regression of u on c, and $L L^T$ the covariance of its leave-one-out
     residuals: v has unit variance and, for a linear Gaussian model, v | c is exactly standard normal.
 
-    With a `bound` b, c is $b \tanh(c / b)$ of that: data beyond the training rows are taken for the outermost ones.
+    With a `bound` b, c is $b \tanh(c / b)$ of that: no data are farther out than b standard deviations.
     """
 
     x_loc: Float[Array, " d"]
