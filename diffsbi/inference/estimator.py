@@ -340,7 +340,8 @@ class Estimator(abc.ABC, Generic[Fitted]):
         if "score" not in data:
             return WithoutScore(along, first)
         if isinstance(self.score_weight, str):
-            return MeasuredScore(along, first)
+            # Of contrasts the density is not normalised, and its scores follow the level better as it stands.
+            return MeasuredScore(along, first, None if self._is_likelihood() else 1.0)
         weight = jnp.broadcast_to(jnp.asarray(self.score_weight, data["v"].dtype), (self.prior.dim,))
         return WeightedScore(weight, along, first)
 
