@@ -171,7 +171,7 @@ class _Case(NamedTuple):
         """What the normal approximation says of the observation."""
         mean, root = LocalFrame(self.sim.prior.dim).unpack(self.observed)
         normal = jax.random.normal(jax.random.fold_in(key, 1), (self.cfg.n_samples, len(mean)))
-        theta = np.asarray(self.sim.prior.from_unconstrained(mean + normal @ root.T))
+        theta = np.asarray(self.sim.prior.from_unconstrained(mean[None] + normal @ root.T))
         return distances(theta, {"c2st": self.exact}, self.sim.names, 0)
 
 
