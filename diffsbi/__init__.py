@@ -1,6 +1,6 @@
 """diffsbi: simulation-based inference with simulators that can be differentiated."""
 
-from diffsbi import _cache
+from diffsbi import _cache, _xla  # noqa: F401  (_xla first of all that computes)
 from diffsbi.inference import FMPE, NLE, NPE, NRE, gaussian_proposal, load_posterior, rounds, truncated_marginals
 from diffsbi.prior import Prior
 from diffsbi.sampling import (
@@ -23,6 +23,7 @@ from diffsbi.simulators import (
 )
 
 __version__ = "0.1.0"
+
 
 _cache.enable()
 

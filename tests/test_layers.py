@@ -13,6 +13,7 @@ ROOMS: dict[str, set[str]] = {
     "_types": set(),
     "_files": set(),
     "_cache": set(),
+    "_xla": set(),
     "integrators": set(),
     "prior": {"_types"},
     "bands": {"_types"},
