@@ -41,8 +41,8 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
 
     Where posteriors change their place and width a lot over the proposal, one linear standardisation is far from each
     of them. `framed=True` is for data that begin with a normal approximation of their own posterior (`LocalFrame`, made
-    by `compression.LaplaceMode`, say): the density is learned in its coordinates, and the
-    fit has only to learn where the approximation is wrong.
+    by `compression.LaplaceMode`, say): the density is learned in its coordinates, and the fit has only to learn where
+    the approximation is wrong.
 
     Args:
         prior: A `Prior`, or anything with a `prior` (a simulator).
