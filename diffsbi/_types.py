@@ -10,7 +10,17 @@ from jaxtyping import Array, Float, PRNGKeyArray
 Key = PRNGKeyArray
 Vector = Float[Array, " p"]
 
-__all__ = ["Array", "Float", "Key", "Vector", "check_finite", "check_key", "check_names", "check_trailing"]
+__all__ = [
+    "Array",
+    "Float",
+    "Key",
+    "Vector",
+    "check_finite",
+    "check_key",
+    "check_names",
+    "check_trailing",
+    "checked_rows",
+]
 
 
 def check_key(key: Key) -> Key:
@@ -37,6 +47,16 @@ def check_finite(name: str, value) -> None:
         raise ValueError(
             f"Expected finite {name}; got {int(bad.sum())} non-finite of {bad.size} values, first at {first}."
         )
+
+
+def checked_rows(x, shape: tuple[int, ...]) -> Array:
+    """Data sets of one shape as an array; raise `ValueError` where their shape is another, or a value is not finite."""
+    x = jnp.asarray(x, jnp.result_type(float))
+    if x.ndim != len(shape) + 1 or not len(x):
+        raise ValueError(f"Expected rows of data of shape {shape}; got an array of shape {x.shape}.")
+    check_trailing("x", x, shape)
+    check_finite("x", x)
+    return x
 
 
 def check_names(names: Sequence[str], known: Sequence[str], what: str = "parameter") -> None:

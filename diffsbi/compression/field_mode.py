@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, check_finite, check_trailing
+from diffsbi._types import Array, Float, checked_rows
 from diffsbi.inference.frames import pack_frame
 from diffsbi.sampling.gaussian_field import approximate_posterior
 from diffsbi.simulators.lensing import LensingMaps
@@ -44,11 +44,7 @@ class GaussianFieldMode(eqx.Module):
         Raises:
             ValueError: Rows of another shape than the survey's maps, or not finite.
         """
-        x, shape = jnp.asarray(x, jnp.result_type(float)), (self.sim.n_bins, self.sim.n_pix, self.sim.n_pix)
-        if x.ndim != len(shape) + 1 or not len(x):
-            raise ValueError(f"Expected rows of maps of shape {shape}; got an array of shape {x.shape}.")
-        check_trailing("x", x, shape)
-        check_finite("x", x)
+        x = checked_rows(x, (self.sim.n_bins, self.sim.n_pix, self.sim.n_pix))
         rows = tqdm(x, desc=type(self).__name__, unit="map", disable=not progress)
         mean, root = (
             np.stack(parts) for parts in zip(*(approximate_posterior(self.sim, row) for row in rows), strict=True)

@@ -10,7 +10,7 @@ from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import biject_to
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, check_finite, check_trailing
+from diffsbi._types import Array, Float, check_trailing, checked_rows
 from diffsbi.inference.frames import pack_frame
 from diffsbi.simulators.laplace import MAX_LATENTS, positive, slope_and_curvature
 
@@ -85,12 +85,7 @@ class LaplaceMode(eqx.Module):
         Raises:
             ValueError: Rows of another shape than the simulator's data, or not finite.
         """
-        x = jnp.asarray(x, jnp.result_type(float))
-        shape = self._shape
-        if x.ndim != len(shape) + 1 or not len(x):
-            raise ValueError(f"Expected rows of data of shape {shape}; got an array of shape {x.shape}.")
-        check_trailing("x", x, shape)
-        check_finite("x", x)
+        x = checked_rows(x, self._shape)
         blocks = []
         with tqdm(total=len(x), desc="LaplaceMode", unit="row", disable=not progress) as bar:
             for first in range(0, len(x), _ROWS):

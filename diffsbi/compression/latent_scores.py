@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, check_finite, check_trailing
+from diffsbi._types import Array, Float, check_trailing, checked_rows
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
 from diffsbi.simulators.averaging import energy_lost, energy_slack, evaluator
 
@@ -41,12 +41,7 @@ class _ScoresAtOnePoint(eqx.Module):
         Raises:
             ValueError: Rows of another shape than the simulator's data, or not finite.
         """
-        x, shape = jnp.asarray(x, jnp.result_type(float)), self._shape
-        if x.ndim != len(shape) + 1 or not len(x):
-            raise ValueError(f"Expected rows of data of shape {shape}; got an array of shape {x.shape}.")
-        check_trailing("x", x, shape)
-        check_finite("x", x)
-        rows = tqdm(x, desc=type(self).__name__, unit="row", disable=not progress)
+        rows = tqdm(checked_rows(x, self._shape), desc=type(self).__name__, unit="row", disable=not progress)
         return jnp.stack([self(row) for row in rows])
 
     @property
