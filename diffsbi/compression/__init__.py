@@ -11,6 +11,7 @@ from diffsbi.compression.learned import Compressor, fit_compressor, load_compres
 from diffsbi.compression.losses import LOSSES
 from diffsbi.compression.marginal_information import MarginalInformation, marginal_information
 from diffsbi.compression.networks import HybridNetwork, MapNetwork, ResidualNetwork, square_symmetry, torus_symmetry
+from diffsbi.compression.path_mode import PathMode
 from diffsbi.compression.sets import DeepSet, FisherSum, MemberNetwork, patches
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MarginalInformation",
     "MarginalScore",
     "MemberNetwork",
+    "PathMode",
     "ResidualNetwork",
     "fit_compressor",
     "fit_fishnet",

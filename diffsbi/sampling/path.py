@@ -41,8 +41,8 @@ class PathPosterior(eqx.Module):
 
     Attributes:
         prior: Of theta.
-        centre: $u_0$, the posterior's mean in the prior's unconstrained space, `(p,)`.
-        root: R, of its covariance there, `(p, p)`.
+        centre: $u_0$, near the posterior's mean in the prior's unconstrained space, `(p,)`; `normal()` has it.
+        root: R, nearly of its covariance there, `(p, p)`.
         surface: $\ell$.
         u: The points of the path, `(n, p)`.
         scores: $\nabla_u \log p(x | \theta(u))$ there, with Monte Carlo noise, `(n, p)`.
@@ -79,6 +79,11 @@ class PathPosterior(eqx.Module):
         chosen = np.argpartition(-(log_weight + noise), n - 1)[:n]
         u = self.centre + v[np.sort(chosen)] @ self.root.T
         return self.prior.from_unconstrained(jnp.asarray(u, jnp.result_type(float)))
+
+    def normal(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean `(p,)` and lower Cholesky factor of the covariance, in the prior's unconstrained space."""
+        v, log_weight = self._weighted(np.random.default_rng(0), CANDIDATES)
+        return _normal(self.centre, self.root, v, log_weight)
 
     def summary(self) -> dict[str, PathEstimate]:
         """Mean, standard deviation and their errors for every parameter.
@@ -159,10 +164,9 @@ def path_posterior(
             quadratic that no posterior can be had.
     """
     dim = sim.prior.dim
-    size = max(2 * dim, LEAST_ROUND)
-    if n_points < 2 * size or n_turns < 1 or (until_error is not None and not until_error > 0):
-        got = f"n_points={n_points}, n_turns={n_turns}, until_error={until_error}"
-        raise ValueError(f"Expected n_points >= {2 * size} (two rounds), n_turns >= 1 and until_error > 0; got {got}.")
+    size = check_lengths(dim, n_points, n_turns)
+    if until_error is not None and not until_error > 0:
+        raise ValueError(f"Expected until_error > 0, or None; got {until_error}.")
     if degree not in (2, 3):
         raise ValueError(f"Expected degree 2 or 3; got {degree}.")
     latents = sim.best_latents(latents)
@@ -195,6 +199,16 @@ def path_posterior(
                 break
     _warn_of(posterior, error, until_error, f"raise n_points ({n_points}) or n_turns ({n_turns})", latents)
     return posterior
+
+
+def check_lengths(dim: int, n_points: int, n_turns: int) -> int:
+    """Points of one round; a ValueError for fewer than two rounds or no turn."""
+    size = max(2 * dim, LEAST_ROUND)
+    if n_points < 2 * size or n_turns < 1:
+        raise ValueError(
+            f"Expected n_points >= {2 * size} (two rounds) and n_turns >= 1; got n_points={n_points}, n_turns={n_turns}."
+        )
+    return size
 
 
 def _warn_of(posterior: PathPosterior, error: float, until_error: float | None, advice: str, latents: str) -> None:
@@ -230,12 +244,16 @@ def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> Pa
         guess = np.eye(prior.dim) - root.T @ (root / sd[:, None] ** 2)
         counts = _counts(u, centre, root, frames) * acceptance / acceptance.mean()
         surface = _concave(fit_surface(v, in_frame, guess, degree, counts))
-        found, log_weight = _candidates(prior, centre, root, surface, np.random.default_rng(0), CANDIDATES)
-        weight = np.exp(log_weight - logsumexp(log_weight))
         fitted = PathPosterior(prior, centre, root, surface, u, scores, acceptance, gradients)
-        mean, covariance = weight @ found, np.atleast_2d(np.cov(found.T, aweights=weight))
-        centre, root = _near(start, centre + root @ mean, root @ np.linalg.cholesky(covariance))
+        centre, root = _near(start, *fitted.normal())
     return fitted
+
+
+def _normal(centre, root, v, log_weight) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and root of weighted candidates."""
+    weight = np.exp(log_weight - logsumexp(log_weight))
+    relative = root @ np.linalg.cholesky(np.atleast_2d(np.cov(v.T, aweights=weight)))
+    return centre + root @ (weight @ v), np.linalg.cholesky(relative @ relative.T)
 
 
 def _near(start, centre, root) -> tuple[np.ndarray, np.ndarray]:
