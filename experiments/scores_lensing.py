@@ -5,11 +5,12 @@ are compressed to a number for each parameter, which loses information: no poste
 the full field's than that allows. The numbers are spectra, moments and peaks by score compression at the fiducial
 (`summary="statistics"`), or, without any simulation, the marginal score at the proposal's centre, the mean over a
 short chain on the map's latents (`"marginal_score"`), or the score at the latents that two gradients find, almost as
-good on small maps (`"latent_scores"`). Or each map comes with its own normal approximation, the posterior of a Gaussian
-field (`"field_mode"`), in whose coordinates NPE then works. So every posterior is also compared with what the numbers
-themselves say, as NLE (NPE for `"field_mode"`) learns it from `n_reference` simulations without scores (there is no
-exact answer). Parameters are drawn from the prior, or from the power-spectrum posterior of the map
-(`gaussian_proposal`). Each seed has simulations of its own; those of a smaller N are the first ones of a larger.
+good on small maps (`"latent_scores"`). Or each map comes with its own normal approximation, in whose coordinates NPE
+then works: the posterior of a Gaussian field (`"field_mode"`), or that of a short path of marginal scores
+(`"path_mode"`, with momenta of each seed's own). Draws of that normal are compared by themselves. Every posterior is
+also compared with what the numbers themselves say, as NLE (NPE for frames) learns it from `n_reference` simulations
+without scores (there is no exact answer). Parameters are drawn from the prior, or from the power-spectrum posterior of
+the map (`gaussian_proposal`). Each seed has its own simulations; those of a smaller N are the first ones of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
 shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal.
@@ -20,12 +21,14 @@ import itertools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
-from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore
+from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore, PathMode
+from diffsbi.inference import LocalFrame
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import (
@@ -42,23 +45,26 @@ from experiments.lensing import (
     merits,
     print_calibration,
     spectrum_proposal,
-    summarised,
 )
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
-SUMMARIES = ("statistics", "latent_scores", "marginal_score", "field_mode")
+FRAMES = ("field_mode", "path_mode")
+SUMMARIES = ("statistics", "latent_scores", "marginal_score", *FRAMES)
 STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(MapConfig):
-    """`summary`: one of `SUMMARIES`, "marginal_score" of `turns`; `scores`: latents, averaged draws.
+    """`summary`: one of `SUMMARIES`; `turns` of "marginal_score", and at each of `n_points` of "path_mode".
+
+    `scores`: latents, averaged draws.
 
     The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
     """
 
     summary: str = "statistics"
     turns: int = 12
+    n_points: int = 24
     proposal: str = "spectrum"
     n: tuple[int, ...] = (25, 50, 100, 200, 400, 600, 1000, 2000)
     n_scored: int = 2000
@@ -93,6 +99,11 @@ PRESETS = {
         summary="field_mode", proposal="prior", n=(25, 50, 100, 200, 400), n_scored=200, estimators=("NPE",),
         n_reference=1500, coverage_n=(100,), members=2,
     ),
+    # The same in the frames of short paths.
+    "prior_paths": Config(
+        summary="path_mode", turns=2, proposal="prior", n=(25, 50, 100), n_scored=100, estimators=("NPE",),
+        scores=(("whitened", 4),), n_reference=500, coverage_n=(100,), members=2,
+    ),
     # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
     "large": Config(
         n_pix=256, summary="marginal_score", turns=30, n=(25, 50, 100, 200), n_scored=100, estimators=("NPE",),
@@ -107,17 +118,18 @@ def main(cfg: Config, out: Path) -> None:
         raise ValueError(f"Expected proposal 'prior' or 'spectrum'; got {cfg.proposal!r}.")
     if cfg.summary not in SUMMARIES:
         raise ValueError(f"Expected a summary among {SUMMARIES}; got {cfg.summary!r}.")
-    if cfg.summary == "field_mode" and cfg.estimators != ("NPE",):
-        raise ValueError(f"Expected estimators ('NPE',) with summary 'field_mode'; got {cfg.estimators}.")
+    if cfg.summary in FRAMES and cfg.estimators != ("NPE",):
+        raise ValueError(f"Expected estimators ('NPE',) with summary {cfg.summary!r}; got {cfg.estimators}.")
     _check_sizes(cfg)
     sim, run, x, chain = begin(cfg, "scores_lensing", out, STAGES)
     proposal = spectrum_proposal(cfg, sim, x, run) if cfg.proposal == "spectrum" else None
     summary = _summary(cfg, sim, proposal, run)
-    observed = summary(x[None])[0]
+    observed = [summary(x[None], [seed])[0] for seed in range(cfg.seeds if cfg.summary == "path_mode" else 1)]
     run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
     run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
     pool, many = load_npz(run.path("simulations", "pool.npz")), load_npz(run.path("summaries", "pool.npz"))
-    run.once("given_summaries", lambda folder: _given_summaries(cfg, sim, proposal, many, observed, chain, run, folder))
+    given = (cfg, sim, proposal, many, observed[0], chain, run)
+    run.once("given_summaries", lambda folder: _given_summaries(*given, folder))
     references = {"c2st": chain, "c2st_summaries": load_npz(run.path("given_summaries", "samples.npz"))["theta"]}
     rows = []
     for seed, n, kind, name in itertools.product(range(cfg.seeds), cfg.n, [None, *cfg.scores], cfg.estimators):
@@ -130,10 +142,11 @@ def main(cfg: Config, out: Path) -> None:
             posterior = _posterior(cfg, sim, ESTIMATORS[name], proposal, arrays, key)
             if n in cfg.coverage_n:
                 write_npz(path.with_suffix(".npz"), _at_observations(cfg, posterior, proposal, many, seed, key))
-            theta = _draws(posterior, key, cfg.n_samples, observed)
+            theta = _draws(posterior, key, cfg.n_samples, observed[seed % len(observed)])
             write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
             write_json(path, distances(theta, references, sim.names, seed) | merits(theta, chain, sim.names))
         rows.append(read_json(path) | dict(estimator=name, score=score_name(kind), n=n, seed=seed))
+    frames = _frames_alone(cfg, sim, observed, references, run.key("fits"))
     limit = run.account("given_summaries")
     fitted = dict.fromkeys((r["n"], r["score"], r["estimator"]) for r in rows if r["n"] in cfg.coverage_n)
     coverage = [
@@ -141,13 +154,17 @@ def main(cfg: Config, out: Path) -> None:
         | calibration_of(out / "fits" / f"{name}_{score}_{n}_{seed}.npz" for seed in range(cfg.seeds))
         for n, score, name in fitted
     ]
-    write_json(out / "distances.json", dict(rows=rows, limit=limit["c2st"], coverage=coverage, **about(sim)))
+    found = dict(rows=rows, limit=limit["c2st"], frames=frames, coverage=coverage)
+    write_json(out / "distances.json", found | about(sim))
     tables = {"c2st": "C2ST against the full field", "c2st_summaries": "C2ST against what the summaries hold"} | MERITS
     for value, title in tables.items():
         print(f"\n{title}, mean and standard error over {cfg.seeds} seeds")
         print_table(rows, ("estimator", "score"), value)
         for name, kind in itertools.product(cfg.estimators, cfg.scores if value not in MERITS else ()):
             print_saved(rows, {"estimator": name}, score_name(kind), value)
+    if frames:
+        print("\nC2ST of the frames by themselves against the full field")
+        print_table(frames, ("estimator",))
     print(f"What the summaries hold against the full field: {limit}")
     print_calibration(coverage, sim.names)
 
@@ -157,6 +174,8 @@ def _check_sizes(cfg: Config) -> None:
 
     None of the fits that are tested (`coverage_n`) may train on these.
     """
+    if cfg.summary == "path_mode" and max(cfg.n) > cfg.n_scored:
+        raise ValueError(f"Expected n <= n_scored with summary 'path_mode'; got {max(cfg.n)} and {cfg.n_scored}.")
     trained = cfg.seeds * max(0, max(cfg.n) - cfg.n_scored)
     tested = trained if max(cfg.coverage_n, default=0) > cfg.n_scored else 0
     least = max(trained, tested + cfg.n_coverage)
@@ -172,7 +191,15 @@ def score_name(kind: tuple[str, int] | None) -> str:
 
 
 def _summary(cfg: Config, sim, proposal, run):
-    """The function of rows of maps that all posteriors are given."""
+    """The function of rows of maps, and of the seed that each is for, that all posteriors are given."""
+    if cfg.summary == "path_mode":
+        modes = [PathMode(sim, n_points=cfg.n_points, n_turns=cfg.turns, seed=seed) for seed in range(cfg.seeds)]
+        return lambda x, seeds: np.concatenate([modes[s].many(row[None]) for row, s in zip(x, seeds, strict=True)])
+    same_for_all = _summary_of_maps(cfg, sim, proposal, run)
+    return lambda x, seeds: same_for_all(x)
+
+
+def _summary_of_maps(cfg: Config, sim, proposal, run):
     centre = sim.fiducial if proposal is None else sim.prior.from_unconstrained(proposal.loc)
     if cfg.summary == "marginal_score":
         return MarginalScore(sim, centre, n_turns=cfg.turns).many
@@ -201,7 +228,8 @@ def _simulate(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
             options = dict(latents=kind[0], n_average=kind[1], n_steps=steps.get(kind), start=start)
             draws = sim.draw(key_draw, count, theta[start : start + count], **options)
             part[score_name(kind)] = draws.score
-        return part | {"theta": draws.theta, "t": summary(draws.x)}
+        seeds = np.arange(start, start + count) // cfg.n_scored
+        return part | {"theta": draws.theta, "t": summary(draws.x, seeds)}
 
     write_npz(folder / "pool.npz", in_blocks("scored simulations", n, 50, make, folder / "blocks"))
     return {"simulations": n}
@@ -211,7 +239,14 @@ def _many(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
     """Summaries of many simulations without scores."""
     key_theta, key_draw = jax.random.split(run.key("summaries"))
     theta = (sim.prior if proposal is None else proposal).sample(key_theta, (cfg.n_reference,))
-    t = summarised(sim, summary, key_draw, cfg.n_reference, theta, folder=folder / "blocks")
+    seeds = (cfg.n_reference - 1 - np.arange(cfg.n_reference)) // (cfg.n_coverage // cfg.seeds) % cfg.seeds
+
+    def make(start: int, count: int) -> dict:
+        rows = slice(start, start + count)
+        x = sim.draw(key_draw, count, theta[rows], with_score=False, start=start).x
+        return {"t": summary(x, seeds[rows])}
+
+    t = in_blocks("simulations without scores", cfg.n_reference, 100, make, folder / "blocks")["t"]
     write_npz(folder / "pool.npz", {"theta": np.asarray(theta), "t": t})
     return {"simulations": cfg.n_reference}
 
@@ -228,13 +263,24 @@ def _rows(cfg: Config, pool, many, seed: int, n: int, kind):
 
 
 def _posterior(cfg: Config, sim, estimator, proposal, arrays, key):
-    options = {"framed": True} if cfg.summary == "field_mode" else {}
+    options = {"framed": True} if cfg.summary in FRAMES else {}
     rows = estimator(sim.prior, **options).append(*arrays, proposal=proposal)
     return rows.fit(jax.random.split(key)[0], members=cfg.members)
 
 
 def _draws(posterior, key, n: int, x) -> np.ndarray:
     return np.asarray(posterior.sample(jax.random.split(key)[1], n, x))
+
+
+def _frames_alone(cfg: Config, sim, observed, references, key) -> list[dict]:
+    """How far draws of each observed frame's own normal are from the references; none for other summaries."""
+    rows = []
+    for seed, x in enumerate(observed if cfg.summary in FRAMES else ()):
+        w = jax.random.normal(jax.random.fold_in(key, seed), (cfg.n_samples, sim.prior.dim))
+        mean, root = LocalFrame(sim.prior.dim).unpack(jnp.asarray(x))
+        theta = np.asarray(sim.prior.from_unconstrained(mean + w @ root.T))
+        rows.append(distances(theta, references, sim.names, seed) | dict(estimator=cfg.summary, n=0, seed=seed))
+    return rows
 
 
 def _at_observations(cfg: Config, posterior, proposal, many, seed: int, key) -> dict[str, np.ndarray]:
@@ -249,7 +295,7 @@ def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, fol
     """What the summaries say, from all simulations without scores, and how far NPE is from it."""
     arrays, n = (many["theta"], many["t"], None), 2 * cfg.n_samples
     key = run.key("given_summaries")
-    estimators = (ds.NLE, ds.NPE) if cfg.summary != "field_mode" else (ds.NPE,)
+    estimators = (ds.NLE, ds.NPE) if cfg.summary not in FRAMES else (ds.NPE,)
     theta, *others = (_draws(_posterior(cfg, sim, e, proposal, arrays, key), key, n, observed) for e in estimators)
     write_npz(folder / "samples.npz", {"theta": theta})
     account = distances(theta, dict(zip(("c2st", "c2st_npe"), (chain, *others), strict=False)), sim.names, 0)

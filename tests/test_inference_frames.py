@@ -5,11 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from scipy.stats import invwishart
 
 import diffsbi as ds
 from diffsbi.compression import GaussianFieldMode, LaplaceMode
 from diffsbi.inference import NPE, LocalFrame, load_posterior, pack_frame
-from diffsbi.inference.frames import FARTHEST, PSEUDO_ROWS, REACH, fit_in_frames, frame_width, winsorised
+from diffsbi.inference.frames import (
+    FARTHEST,
+    PSEUDO_ROWS,
+    REACH,
+    fit_in_frames,
+    frame_width,
+    log_evidence,
+    winsorised,
+)
 from diffsbi.inference.standardise import fit_standardiser
 from diffsbi.prior import Prior
 from diffsbi.sampling.gaussian_field import approximate_posterior
@@ -82,16 +91,44 @@ def test_the_score_in_the_frame_is_that_of_the_density_there(x64):
         np.testing.assert_allclose(found[:, a], slope, rtol=1e-5, atol=1e-6)
 
 
-def test_few_rows_are_believed_less_than_the_frames():
+def shares(w, x):
+    """What part of the rows' own mean `fit_in_frames` takes, and whether all else goes with it."""
+    plain, fitted = fit_standardiser(winsorised(w), x, FARTHEST), fit_in_frames(w, x)
+    share = float(fitted.u_loc[0] / plain.u_loc[0])
+    np.testing.assert_allclose(fitted.u_loc, share * plain.u_loc, rtol=1e-4)
+    np.testing.assert_allclose(fitted.slope, share * plain.slope, rtol=1e-4, atol=1e-9)
+    expected = share * plain.lower @ plain.lower.T + (1 - share) * np.eye(w.shape[1])
+    np.testing.assert_allclose(fitted.lower @ fitted.lower.T, expected, rtol=1e-4, atol=1e-6)
+    return share
+
+
+def test_frames_are_believed_as_far_as_the_rows_agree_with_them(x64):
     rng = np.random.default_rng(0)
-    w, x = 3.0 + 0.5 * rng.standard_normal((20, 2)), rng.standard_normal((20, 1))
-    plain, shrunk = fit_standardiser(w, x, FARTHEST), fit_in_frames(w, x)
-    share = 20 / (20 + PSEUDO_ROWS)
-    np.testing.assert_allclose(shrunk.u_loc, share * plain.u_loc, rtol=1e-6)
-    expected = share * plain.lower @ plain.lower.T + (1 - share) * np.eye(2)
-    np.testing.assert_allclose(shrunk.lower @ shrunk.lower.T, expected, rtol=1e-5)
-    many = fit_in_frames(*(np.tile(a, (5000, 1)) for a in (w, x)))
-    np.testing.assert_allclose(many.u_loc, w.mean(0), rtol=1e-3)
+    rows = [(rng.standard_normal((50, 3)), rng.standard_normal((50, 1))) for _ in range(8)]
+    right, wrong = (np.median([shares(a * w + b, x) for w, x in rows]) for a, b in ((1.0, 0.0), (0.3, 2.0)))
+    least, most = (50 / (50 + rows) for rows in (PSEUDO_ROWS[-1], PSEUDO_ROWS[0]))
+    assert least <= right < 0.35 and wrong == pytest.approx(most, rel=1e-3)
+    many = rng.standard_normal((20_000, 3)) * [1.0, 1.0, 1.3]
+    assert shares(many, rng.standard_normal((20_000, 1))) > 0.95
+
+
+@pytest.mark.parametrize(("n", "p", "pseudo_rows"), [(7, 1, 4.0), (12, 2, 30.0)])
+def test_the_evidence_is_that_of_the_conjugate_prior(n, p, pseudo_rows):
+    """By another road: the mean density of the rows over draws of the covariance, the mean integrated out."""
+    rng = np.random.default_rng(1)
+    w = 0.3 + rng.standard_normal((n, p))
+    freedom = pseudo_rows + p + 1
+    drawn = invwishart(freedom, pseudo_rows * np.eye(p)).rvs(100_000, random_state=2).reshape(-1, p, p)
+    precision, mean = np.linalg.inv(drawn), w.mean(0)
+    scatter = (w - mean).T @ (w - mean) + pseudo_rows * n / (pseudo_rows + n) * np.outer(mean, mean)
+    log_density = (
+        -0.5 * np.einsum("kij,ji->k", precision, scatter) - n / 2 * np.linalg.slogdet(drawn)[1]
+        - n * p / 2 * np.log(2) + p / 2 * np.log(pseudo_rows / (pseudo_rows + n))
+    )  # fmt: skip
+    density = np.exp(log_density - log_density.max())
+    error = density.std() / density.mean() / np.sqrt(len(density))
+    expected = np.log(density.mean()) + log_density.max()
+    assert abs(log_evidence(w, pseudo_rows) - expected) < 5 * error < 0.1
 
 
 def test_data_far_outside_are_taken_for_the_outermost_ones(x64):

@@ -1,10 +1,13 @@
 r"""A normal approximation of each data set's own posterior, and the coordinates in which it is a standard normal."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
+from scipy.special import multigammaln
 
 from diffsbi._types import Array, Float
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
@@ -12,8 +15,8 @@ from diffsbi.inference.standardise import Standardiser, fit_standardiser
 REACH = 5.0
 """Widths beyond which residuals are counted in logarithms: an approximation at a wrong mode must not decide a fit."""
 
-PSEUDO_ROWS = 20.0
-"""Simulations that the frames are believed for before any is seen."""
+PSEUDO_ROWS = np.geomspace(10.0, 1000.0, 25)
+"""Numbers of simulations that the frames may be believed for before any is seen."""
 
 FARTHEST = 4.0
 """Standard deviations that no column of the condition is farther out than."""
@@ -109,14 +112,35 @@ def winsorised(u: np.ndarray, cut: float = 4.0) -> np.ndarray:
     return np.clip(u, centre - reach, centre + reach)
 
 
-def fit_in_frames(w, x) -> Standardiser:
-    r"""`fit_standardiser` of rows in local frames, which are believed where there are few rows, or none.
+def log_evidence(w, pseudo_rows: float) -> float:
+    r"""$\log p(w)$ of rows of a normal whose mean and covariance are unknown but believed to be zero and one.
 
-    To the rows `PSEUDO_ROWS` are added that say that the frames are right, w a standard normal; single rows count for
-    little (`winsorised`), and no data are farther out than `FARTHEST`.
+    As if `pseudo_rows` $= \kappa$ rows had said so: $\mu | \Sigma \sim N(0, \Sigma / \kappa)$ and $\Sigma$ of an
+    inverse Wishart distribution with $\kappa + p + 1$ degrees of freedom and mean one (Gelman et al. 2013, Bayesian
+    Data Analysis, section 3.6). Without the constant $-\frac{np}{2} \log \pi$.
     """
-    fitted = fit_standardiser(winsorised(w), x, FARTHEST)
-    share = len(w) / (len(w) + PSEUDO_ROWS)
+    n, p = np.shape(w)
+    mean, freedom = np.mean(w, 0), pseudo_rows + p + 1
+    both = pseudo_rows + n
+    scatter = (w - mean).T @ (w - mean) + pseudo_rows * n / both * np.outer(mean, mean) + pseudo_rows * np.eye(p)
+    return (
+        multigammaln((freedom + n) / 2, p) - multigammaln(freedom / 2, p) + freedom / 2 * p * np.log(pseudo_rows)
+        - (freedom + n) / 2 * np.linalg.slogdet(scatter)[1] + p / 2 * np.log(pseudo_rows / both)
+    )  # fmt: skip
+
+
+def fit_in_frames(w, x) -> Standardiser:
+    r"""`fit_standardiser` of rows in local frames, which are believed where the rows agree with them.
+
+    To the rows as many are added that say that the frames are right, w a standard normal, as makes the rows most
+    probable (`PSEUDO_ROWS`, `log_evidence`): many where frames are good, few where they are not, so that no more is
+    learned from few rows than they can tell. Single rows count for little (`winsorised`), and no data are farther out
+    than `FARTHEST`.
+    """
+    held = winsorised(w)
+    fitted = fit_standardiser(held, x, FARTHEST)
+    pseudo_rows = max(PSEUDO_ROWS, key=functools.partial(log_evidence, held))
+    share = len(held) / (len(held) + pseudo_rows)
     covariance = share * fitted.lower @ fitted.lower.T + (1 - share) * jnp.eye(len(fitted.lower))
     new = share * fitted.u_loc, share * fitted.slope, jnp.linalg.cholesky(covariance.astype(fitted.lower.dtype))
     return eqx.tree_at(lambda s: (s.u_loc, s.slope, s.lower), fitted, new)

@@ -206,7 +206,8 @@ def check_lengths(dim: int, n_points: int, n_turns: int) -> int:
     size = max(2 * dim, LEAST_ROUND)
     if n_points < 2 * size or n_turns < 1:
         raise ValueError(
-            f"Expected n_points >= {2 * size} (two rounds) and n_turns >= 1; got n_points={n_points}, n_turns={n_turns}."
+            f"Expected n_points >= {2 * size} (two rounds) and n_turns >= 1; got n_points={n_points}, "
+            f"n_turns={n_turns}."
         )
     return size
 
