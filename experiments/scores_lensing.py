@@ -55,7 +55,7 @@ STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "su
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(MapConfig):
-    """`summary`: one of `SUMMARIES`; `turns` of "marginal_score", and at each of `n_points` of "path_mode".
+    """`summary`: one of `SUMMARIES`; `turns` of "marginal_score", and of "path_mode" at up to `n_points`.
 
     `scores`: latents, averaged draws.
 
@@ -64,7 +64,7 @@ class Config(MapConfig):
 
     summary: str = "statistics"
     turns: int = 12
-    n_points: int = 24
+    n_points: int = 72
     proposal: str = "spectrum"
     n: tuple[int, ...] = (25, 50, 100, 200, 400, 600, 1000, 2000)
     n_scored: int = 2000
@@ -103,6 +103,11 @@ PRESETS = {
     "prior_paths": Config(
         summary="path_mode", turns=2, proposal="prior", n=(25, 50, 100), n_scored=100, estimators=("NPE",),
         scores=(("whitened", 4),), n_reference=500, coverage_n=(100,), members=2,
+    ),
+    "large_prior_paths": Config(
+        n_pix=256, summary="path_mode", turns=2, proposal="prior", n=(25, 50), n_scored=50, seeds=3,
+        estimators=("NPE",), scores=(("whitened", 4),), n_reference=60, coverage_n=(50,), n_coverage=60,
+        ess=1000.0, members=2,
     ),
     # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
     "large": Config(

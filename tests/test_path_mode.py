@@ -37,7 +37,9 @@ def test_with_noise_it_covers_the_truth_and_more_turns_do_so_better(x64):
     draws = sim.draw(jax.random.key(2), 20, with_score=False)
     misses = {}
     for n_turns in (1, 8):
-        mean, root = unpacked(PathMode(sim, latents="white", n_points=12, n_turns=n_turns).many(draws.x), 2)
+        mean, root = unpacked(
+            PathMode(sim, latents="white", n_points=12, n_turns=n_turns, until_error=None).many(draws.x), 2
+        )
         exact = np.stack([np.asarray(sim.posterior(row)[0]) for row in draws.x])
         misses[n_turns] = np.linalg.solve(root, (mean - exact)[..., None])[..., 0].std()
         r = np.linalg.solve(root, (np.asarray(draws.theta) - mean)[..., None])[..., 0]
@@ -46,19 +48,28 @@ def test_with_noise_it_covers_the_truth_and_more_turns_do_so_better(x64):
     assert 0.01 < misses[8] < 0.7 * misses[1]
 
 
+def test_a_path_goes_on_until_it_knows_enough(x64):
+    sim = ds.linear_gaussian(**NOISY)
+    x = sim.draw(jax.random.key(2), 3, with_score=False).x
+    settings = dict(latents="white", n_turns=1, n_points=60)
+    rough, fine = (PathMode(sim, until_error=error, **settings) for error in (10.0, 0.03))
+    gradients = [[int(mode._one(row)["gradients"]) for row in x] for mode in (rough, fine)]
+    assert np.all(np.less(*gradients))
+
+
 def test_it_is_a_function_of_the_data_and_of_its_seed():
     sim = ds.linear_gaussian(**NOISY)
     x = sim.draw(jax.random.key(2), 3, with_score=False).x
-    mode = PathMode(sim, latents="white", n_points=12)
+    mode = PathMode(sim, latents="white", n_points=12, until_error=None)
     np.testing.assert_array_equal(mode.many(x)[2], mode(x[2]))
-    other = PathMode(sim, latents="white", n_points=12, seed=1)(x[2])
+    other = PathMode(sim, latents="white", n_points=12, until_error=None, seed=1)(x[2])
     assert np.abs(other - mode(x[2])).max() > 1e-3
 
 
 def test_an_interrupted_call_goes_on_and_rows_of_another_are_refused(tmp_path, monkeypatch):
     sim = ds.linear_gaussian(**NOISY)
     x = sim.draw(jax.random.key(2), 4, with_score=False).x
-    mode = PathMode(sim, latents="white", n_points=12)
+    mode = PathMode(sim, latents="white", n_points=12, until_error=None)
     whole, path, calls = mode.many(x), path_mode.path_posterior, []
 
     def counted(*arguments, stop=None, **settings):
@@ -91,7 +102,7 @@ def test_a_path_that_fails_is_replaced_by_its_start_and_told_of(x64):
     sim = Broken(**{f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}, limit=-9.0)
     x = whole.draw(jax.random.key(4), 2, with_score=False).x
     with pytest.warns(UserWarning, match=r"paths of 2 of 2 rows failed \(the first is row 0\)"):
-        mean, root = unpacked(PathMode(sim, latents="white", n_points=12).many(x), 2)
+        mean, root = unpacked(PathMode(sim, latents="white", n_points=12, until_error=None).many(x), 2)
     prior_mean, prior_sd = sim.prior.unconstrained_spread()
     np.testing.assert_allclose(mean, np.tile(prior_mean, (2, 1)), atol=1e-6)
     np.testing.assert_allclose(root[0], np.diag(prior_sd), rtol=1e-5, atol=1e-9)
@@ -99,10 +110,14 @@ def test_a_path_that_fails_is_replaced_by_its_start_and_told_of(x64):
 
 def test_bad_input_is_refused_by_name():
     sim = ds.linear_gaussian()
-    with pytest.raises(ValueError, match=r"n_points >= 12 \(two rounds\).* got n_points=11, n_turns=2"):
+    with pytest.raises(
+        ValueError, match=r"n_points >= 12 \(two rounds\).* got n_points=11, n_turns=2, until_error=0.25"
+    ):
         PathMode(sim, n_points=11)
     with pytest.raises(ValueError, match="n_turns=0"):
         PathMode(sim, n_turns=0)
+    with pytest.raises(ValueError, match="until_error=0.0"):
+        PathMode(sim, until_error=0.0)
     with pytest.raises(ValueError, match="Unknown latent"):
         PathMode(sim, latents="whitenet")
     with pytest.raises(ValueError, match=r"trailing shape \(6,\); got \(2, 99\)"):

@@ -25,9 +25,8 @@ class PathMode(eqx.Module):
 
     The path integrates marginal scores of the data themselves over exact draws of the latents, so that nothing is left
     out but what is not normal, the noise of the scores, and posteriors that the path has not found:
-    `NPE(sim, framed=True)` learns these, from few simulations, and how wide a posterior is that knows only this path.
-    It costs some hundred gradients a data set: 24 points of two turns 354 on lensing maps of 64² (1.8 s on one core).
-    `GaussianFieldMode` costs none and knows less.
+    `NPE(sim, framed=True)` learns these, from few simulations. It costs hundreds of gradients a data set (lensing maps
+    of 64²: 500 to 1 000, some 2 s on one core); `GaussianFieldMode` costs none and knows less.
 
     The momenta are the same for all data: a function of x, whose error is partly common to all. A path that fails is
     tried again with more turns; if that fails too its numbers are those of the path's start (the Gaussian-field
@@ -35,25 +34,38 @@ class PathMode(eqx.Module):
 
     Args:
         sim: Any simulator whose latents are near a standard normal in the coordinate `latents`.
-        n_points: Of each path, in whole rounds of 2 p.
+        n_points: The most points of each path, in whole rounds of 2 p.
         n_turns: Averaged at each point.
+        until_error: A path ends, after three rounds at least, when means and widths are known to so many standard
+            deviations; None to take all points.
         latents: As `path_posterior`.
         seed: Of the momenta and the points.
 
     Raises:
-        ValueError: Fewer points than two rounds, fewer turns than one, or an unknown coordinate.
+        ValueError: Fewer points than two rounds, fewer turns than one, an error that is not positive, or an unknown
+            coordinate.
     """
 
     sim: AbstractSimulator
     n_points: int = eqx.field(static=True)
     n_turns: int = eqx.field(static=True)
+    until_error: float | None = eqx.field(static=True)
     latents: str = eqx.field(static=True)
     seed: int = eqx.field(static=True)
 
-    def __init__(self, sim, *, n_points: int = 24, n_turns: int = 2, latents: str | None = None, seed: int = 0):
-        check_lengths(sim.prior.dim, n_points, n_turns)
+    def __init__(
+        self,
+        sim,
+        *,
+        n_points: int = 72,
+        n_turns: int = 2,
+        until_error: float | None = 0.25,
+        latents: str | None = None,
+        seed: int = 0,
+    ):
+        check_lengths(sim.prior.dim, n_points, n_turns, until_error)
         self.sim, self.n_points, self.n_turns, self.seed = sim, int(n_points), int(n_turns), int(seed)
-        self.latents = sim.best_latents(latents)
+        self.until_error, self.latents = until_error, sim.best_latents(latents)
 
     def __call__(self, x: Array) -> Float[Array, " k"]:
         """The numbers of one data set."""
@@ -90,7 +102,7 @@ class PathMode(eqx.Module):
         return pack_frame(*(jnp.asarray(np.stack([one[name] for one in found]), x.dtype) for name in ("mean", "root")))
 
     def _about(self, x) -> dict[str, Any]:
-        names = ("n_points", "n_turns", "latents", "seed")
+        names = ("n_points", "n_turns", "until_error", "latents", "seed")
         return dict(compressor=type(self).__name__, data=array_digest(np.asarray(x, np.float32))) | {
             name: getattr(self, name) for name in names
         }
@@ -99,9 +111,9 @@ class PathMode(eqx.Module):
         """Mean and root of one data set's normal; no gradients where these are only the path's start."""
         key = jax.random.key(self.seed)
         for trial in range(RETRIES + 1):
-            settings = dict(n_points=self.n_points, n_turns=self.n_turns * 2**trial, until_error=None)
+            settings = dict(n_points=self.n_points, n_turns=self.n_turns * 2**trial, until_error=self.until_error)
             try:
-                with warnings.catch_warnings():  # latents that lag behind are part of what NPE learns
+                with warnings.catch_warnings():  # errors, and latents that lag behind, are part of what NPE learns
                     warnings.simplefilter("ignore", UserWarning)
                     where = jax.random.fold_in(key, trial)
                     found = path_posterior(self.sim, x, where, latents=self.latents, **settings)

@@ -20,6 +20,7 @@ from diffsbi.simulators.averaging import LOW_ACCEPTANCE
 from diffsbi.simulators.base import AbstractSimulator
 
 LEAST_ROUND = 6
+LEAST_ROUNDS = 3  # before a path ends by itself: errors that 4 p gradients leave are badly known
 REFITS = 2  # of the surface after each round, each in the frame of the last
 MOST_SHIFT, MOST_WIDENING = 3.0, 1.5  # from one round to the next, in standard deviations of the first
 MOST_MOVES = 12
@@ -148,8 +149,8 @@ def path_posterior(
         key: A typed JAX key.
         n_points: The most points, in whole rounds.
         n_turns: Quarter turns averaged at each.
-        until_error: Stop once all means and standard deviations are known to so many standard deviations
-            (`PathPosterior.error`); None to take all `n_points`.
+        until_error: Stop, after three rounds at least, once all means and standard deviations are known to so many
+            standard deviations (`PathPosterior.error`); None to take all `n_points`.
         degree: 2, or 3 to learn the log-likelihood's skewness as well, which takes more points.
         start: Draws of a first posterior, about which the first points are; by default the Gaussian-field posterior for
             lensing maps and the prior for other simulators.
@@ -164,9 +165,7 @@ def path_posterior(
             quadratic that no posterior can be had.
     """
     dim = sim.prior.dim
-    size = check_lengths(dim, n_points, n_turns)
-    if until_error is not None and not until_error > 0:
-        raise ValueError(f"Expected until_error > 0, or None; got {until_error}.")
+    size = check_lengths(dim, n_points, n_turns, until_error)
     if degree not in (2, 3):
         raise ValueError(f"Expected degree 2 or 3; got {degree}.")
     latents = sim.best_latents(latents)
@@ -195,20 +194,18 @@ def path_posterior(
             bar.update(size)
             error, acceptance = posterior.error, record["acceptance"].mean()
             bar.set_postfix(gradients=posterior.gradients, acceptance=f"{acceptance:.2f}", error=f"{error:.2f}")
-            if k > 0 and until_error is not None and error < until_error:
+            if k + 1 >= LEAST_ROUNDS and until_error is not None and error < until_error:
                 break
     _warn_of(posterior, error, until_error, f"raise n_points ({n_points}) or n_turns ({n_turns})", latents)
     return posterior
 
 
-def check_lengths(dim: int, n_points: int, n_turns: int) -> int:
-    """Points of one round; a ValueError for fewer than two rounds or no turn."""
+def check_lengths(dim: int, n_points: int, n_turns: int, until_error: float | None) -> int:
+    """Points of one round; a ValueError for fewer than two rounds, no turn, or an error that is not positive."""
     size = max(2 * dim, LEAST_ROUND)
-    if n_points < 2 * size or n_turns < 1:
-        raise ValueError(
-            f"Expected n_points >= {2 * size} (two rounds) and n_turns >= 1; got n_points={n_points}, "
-            f"n_turns={n_turns}."
-        )
+    if n_points < 2 * size or n_turns < 1 or (until_error is not None and not until_error > 0):
+        got = f"n_points={n_points}, n_turns={n_turns}, until_error={until_error}"
+        raise ValueError(f"Expected n_points >= {2 * size} (two rounds), n_turns >= 1 and until_error > 0; got {got}.")
     return size
 
 
