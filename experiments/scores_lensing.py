@@ -104,9 +104,10 @@ PRESETS = {
         summary="path_mode", turns=2, proposal="prior", n=(25, 50, 100), n_scored=100, estimators=("NPE",),
         scores=(("whitened", 4),), n_reference=500, coverage_n=(100,), members=2,
     ),
+    # Few, and few to test them on: an hour and a half on one core.
     "large_prior_paths": Config(
-        n_pix=256, summary="path_mode", turns=2, proposal="prior", n=(25, 50), n_scored=50, seeds=3,
-        estimators=("NPE",), scores=(("whitened", 4),), n_reference=60, coverage_n=(50,), n_coverage=60,
+        n_pix=256, summary="path_mode", turns=2, proposal="prior", n=(25,), n_scored=25, seeds=4,
+        estimators=("NPE",), scores=(("whitened", 4),), n_reference=40, coverage_n=(25,), n_coverage=40,
         ess=1000.0, members=2,
     ),
     # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
