@@ -12,12 +12,14 @@ from diffsbi.compression import GaussianFieldMode, LaplaceMode
 from diffsbi.inference import NPE, LocalFrame, load_posterior, pack_frame
 from diffsbi.inference.frames import (
     FARTHEST,
+    PSEUDO_DRAWS,
     PSEUDO_ROWS,
     REACH,
     fit_in_frames,
     frame_width,
     log_evidence,
     winsorised,
+    with_pseudo_rows,
 )
 from diffsbi.inference.standardise import fit_standardiser
 from diffsbi.prior import Prior
@@ -331,3 +333,48 @@ def test_bad_input_is_refused_by_name():
         GaussianFieldMode(ds.lsst_y10(n_pix=16, side_deg=1.0)).many(np.zeros((2, 5, 8, 8)))
     with pytest.raises(ValueError, match="latents for LaplaceMode; got"):
         LaplaceMode(ds.lsst_y10(n_pix=16, side_deg=1.0))
+
+
+def standard_rows(n=40, p=2, d=3):
+    rng = np.random.default_rng(4)
+    w, x = rng.standard_normal((n, p)), rng.standard_normal((n, d))
+    fitted = fit_in_frames(w, x)
+    c = fitted.condition(jnp.asarray(x))
+    return fitted, {"v": fitted.to_standard(jnp.asarray(w), c), "c": c, "score": -jnp.asarray(w), "use": jnp.ones(n)}
+
+
+def test_pseudo_rows_say_that_the_frames_are_right(x64):
+    """w of a standard normal, by weights that make as many simulations of them as asked for, no score counted."""
+    standardiser, rows = standard_rows()
+    more = with_pseudo_rows(jax.random.key(0), rows, standardiser, 120.0)
+    assert {len(a) for a in more.values()} == {40 + PSEUDO_DRAWS}
+    weight = np.asarray(more["weight"])
+    assert weight.mean() == pytest.approx(1) and weight[40:].sum() / weight[:40].sum() == pytest.approx(120 / 40)
+    np.testing.assert_array_equal(more["use"][40:], 0)
+    np.testing.assert_allclose(more["use"][:40], weight[:40])
+    np.testing.assert_array_equal(more["v"][:40], rows["v"])
+    w = np.asarray(standardiser.from_standard(more["v"], more["c"]))[40:]
+    # Standard errors: .06 of a mean, .04 of a deviation.
+    assert np.abs(w.mean(0)).max() < 0.25 and np.abs(w.std(0) - 1).max() < 0.2
+    for column, known in zip(np.asarray(more["c"])[40:].T, np.asarray(rows["c"]).T, strict=True):
+        assert set(column) <= set(known) and len(set(column)) > 20
+
+
+def test_weights_of_the_rows_themselves_stay(x64):
+    standardiser, rows = standard_rows()
+    own = jnp.linspace(0.5, 1.5, 40)
+    more = with_pseudo_rows(jax.random.key(0), rows | {"weight": own}, standardiser, 120.0)
+    np.testing.assert_allclose(more["weight"][:40] / more["weight"][0], own / own[0])
+
+
+def test_what_is_learned_from_few_rows_does_not_spoil_frames_that_are_right():
+    """Frames that are exact: no fit can be better than they are, and from 25 rows it must not be much worse."""
+    sim = linear_gaussian()
+    draws, test = (sim.draw(jax.random.key(k), n) for k, n in ((0, 25), (1, 400)))
+    numbers, at = (LaplaceMode(sim, n_starts=1, n_steps=4).many(d.x) for d in (draws, test))
+    mean, root = LocalFrame(2).unpack(at)
+    alone = float(dist.MultivariateNormal(mean, scale_tril=root).log_prob(test.theta).mean())
+    for score in (None, draws.score):
+        npe = NPE(sim, density_options=SMALL, framed=True).append(draws.theta, numbers, score)
+        posterior = npe.fit(jax.random.key(2), members=1)
+        assert -0.03 < alone - mean_log_prob(posterior, test.theta, at) < 0.06

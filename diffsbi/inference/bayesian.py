@@ -325,7 +325,7 @@ def _ordinary(estimator, key, rows, prior_scale, options) -> tuple[Start, Weight
     """The linear start, the coordinates of the weights about it, and an ordinary fit in them."""
     key_start, key_fit = jax.random.split(key)
     options = options | {"learning_rate": 1e-3, "weight_decay": 1.0}
-    start = estimator._start(key_start, rows, 0.1, options)
+    start = estimator._start(key_start, rows, 0.1, options, believe=False)
     model, history = fit(key_fit, start.model, start.train, start.validation, start.loss, **options)
     weights = Weights(start.model, prior_scale)
     return start, weights, weights.of(model), history

@@ -192,7 +192,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         if members < 1:
             raise ValueError(f"Expected members >= 1; got {members}.")
         rows = self._unconstrained_rows()
-        options = schedule(rows.per_epoch, max_epochs, batch_size, patience, len(self))
+        options = schedule(self._rows_per_epoch(rows), max_epochs, batch_size, patience, len(self))
         options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
         fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
         config = self._config(rows, members)
@@ -284,6 +284,9 @@ class Estimator(abc.ABC, Generic[Fitted]):
         """What is minimised beside the score."""
         return mean_nll
 
+    def _rows_per_epoch(self, rows: InMemory | Stream) -> int:
+        return rows.per_epoch
+
     def _more(self, standardiser: Standardiser, v: Array, c: Array) -> dict[str, Array]:
         """Further columns of the rows, for the loss."""
         return {}
@@ -303,14 +306,20 @@ class Estimator(abc.ABC, Generic[Fitted]):
         density = model.density if start.affine is None else with_linear_part(model.density, start.affine)
         return self._member(start.standardiser, density), history, start.held_out
 
-    def _start(self, key, rows, validation_fraction, options) -> Start:
-        """All that a fit needs, the model at its linear start."""
+    def _start(self, key, rows, validation_fraction, options, *, believe: bool = True) -> Start:
+        """All that a fit needs, the model at its linear start; with pseudo-rows where those are for it to `believe`."""
         key_split, key_density, key_linear, _ = jax.random.split(key, 4)
         train, held_out = rows.split(key_split, validation_fraction)
         standardiser = self._fit_standardiser(*self._roles(rows.sample(train)))
         standardised = functools.partial(self._standardised, standardiser)
         data, validation = rows.train(key_split, train, standardised), standardised(rows.take(held_out))
+        if believe:
+            data, validation = self._believed(jax.random.fold_in(key_split, 1), standardiser, data, validation)
         return self._begin((key_density, key_linear), standardiser, data, validation, held_out, options)
+
+    def _believed(self, key, standardiser: Standardiser, data, validation):
+        """The rows, and more that say what is believed before any."""
+        return data, validation
 
     def _fit_standardiser(self, modelled: np.ndarray, condition: np.ndarray) -> Standardiser:
         return fit_standardiser(modelled, condition)

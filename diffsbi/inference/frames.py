@@ -9,7 +9,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from scipy.special import multigammaln
 
-from diffsbi._types import Array, Float
+from diffsbi._types import Array, Float, Key
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
 
 REACH = 5.0
@@ -17,6 +17,9 @@ REACH = 5.0
 
 PSEUDO_ROWS = np.geomspace(10.0, 1000.0, 25)
 """Numbers of simulations that the frames may be believed for before any is seen."""
+
+PSEUDO_DRAWS = 256
+"""Rows that stand for the pseudo-simulations while a density is trained, each by its part of their number."""
 
 FARTHEST = 4.0
 """Standard deviations that no column of the condition is farther out than."""
@@ -129,6 +132,36 @@ def log_evidence(w, pseudo_rows: float) -> float:
     )  # fmt: skip
 
 
+def pseudo_rows_for(w) -> float:
+    """The `PSEUDO_ROWS` under which rows w are most probable."""
+    return max(PSEUDO_ROWS, key=functools.partial(log_evidence, winsorised(w)))
+
+
+def with_pseudo_rows(key: Key, rows: dict[str, Array], standardiser: Standardiser, pseudo_rows: float):
+    r"""Standardised rows, and `PSEUDO_DRAWS` more that say that the frames are right, w a standard normal at any x.
+
+    These count for `pseudo_rows` simulations, by "weight", and have no scores; each of the numbers of their x is one of
+    the rows', independently of the others. Weights have mean one over all.
+    """
+    n, total = len(rows["v"]), len(rows["v"]) + PSEUDO_DRAWS
+    key_w, key_c, key_row = jax.random.split(key, 3)
+    c = jnp.take_along_axis(rows["c"], jax.random.randint(key_c, (PSEUDO_DRAWS, rows["c"].shape[1]), 0, n), 0)
+    w = jax.random.normal(key_w, (PSEUDO_DRAWS, rows["v"].shape[1]), rows["v"].dtype)
+    more = {"v": standardiser.to_standard(w, c), "c": c}
+    weight = (
+        jnp.full(n, total / (n + pseudo_rows)),
+        jnp.full(PSEUDO_DRAWS, total / (n + pseudo_rows) * pseudo_rows / PSEUDO_DRAWS),
+    )
+    rows = rows | {"weight": weight[0] * rows.get("weight", 1.0)}
+    more["weight"] = weight[1]
+    if "score" in rows:
+        like = jax.random.randint(key_row, (PSEUDO_DRAWS,), 0, n)
+        more["score"] = rows["score"][like] + rows["v"][like] - more["v"]  # for the noise's first guess alone
+        more["use"] = jnp.zeros(PSEUDO_DRAWS, rows["use"].dtype)
+        rows = rows | {"use": weight[0] * rows["use"]}
+    return {name: jnp.concatenate([value, more[name].astype(value.dtype)]) for name, value in rows.items()}
+
+
 def fit_in_frames(w, x) -> Standardiser:
     r"""`fit_standardiser` of rows in local frames, which are believed where the rows agree with them.
 
@@ -139,8 +172,7 @@ def fit_in_frames(w, x) -> Standardiser:
     """
     held = winsorised(w)
     fitted = fit_standardiser(held, x, FARTHEST)
-    pseudo_rows = max(PSEUDO_ROWS, key=functools.partial(log_evidence, held))
-    share = len(held) / (len(held) + pseudo_rows)
+    share = len(held) / (len(held) + pseudo_rows_for(w))
     covariance = share * fitted.lower @ fitted.lower.T + (1 - share) * jnp.eye(len(fitted.lower))
     new = share * fitted.u_loc, share * fitted.slope, jnp.linalg.cholesky(covariance.astype(fitted.lower.dtype))
     return eqx.tree_at(lambda s: (s.u_loc, s.slope, s.lower), fitted, new)

@@ -3,16 +3,25 @@ r"""Neural posterior estimation from simulations, with their scores where there 
 import warnings
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import check_finite, check_names
 from diffsbi.inference.estimator import Density, Estimator
-from diffsbi.inference.frames import FARTHEST, LocalFrame, fit_in_frames
+from diffsbi.inference.frames import (
+    FARTHEST,
+    PSEUDO_DRAWS,
+    LocalFrame,
+    fit_in_frames,
+    pseudo_rows_for,
+    with_pseudo_rows,
+)
 from diffsbi.inference.losses import Atomic, mean_nll, prior_score
 from diffsbi.inference.posterior import Member, Posterior
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.inference.rows import Joined, as_rows, blocks_of
+from diffsbi.inference.streams import InMemory
 
 _FEW = 0.1  # effective rows, as a fraction of all, below which importance weights are warned about
 _FAR = 7.0  # of parameters in local frames, where half of them are a sign of wrong frames
@@ -41,8 +50,8 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
 
     Where posteriors change their place and width a lot over the proposal, one linear standardisation is far from each
     of them. `framed=True` is for data that begin with a normal approximation of their own posterior (`LocalFrame`, made
-    by `compression.LaplaceMode`, say): the density is learned in its coordinates, and the fit has only to learn where
-    the approximation is wrong.
+    by `compression.LaplaceMode` or `PathMode`, say): the density is learned in its coordinates, and the fit has only to
+    learn where the approximation is wrong; it starts from the belief that it is right (`fit_in_frames`).
 
     Args:
         prior: A `Prior`, or anything with a `prior` (a simulator).
@@ -110,6 +119,19 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         return (
             super()._fit_standardiser(modelled, condition) if self.frame is None else fit_in_frames(modelled, condition)
         )
+
+    def _believed(self, key, standardiser, data, validation):
+        if self.frame is None or callable(data):  # a stream has rows enough
+            return data, validation
+        w = standardiser.from_standard(data["v"], data["c"])
+        for_each = pseudo_rows_for(np.asarray(w)) / len(w)
+        return tuple(
+            with_pseudo_rows(jax.random.fold_in(key, k), rows, standardiser, for_each * len(rows["v"]))
+            for k, rows in enumerate((data, validation))
+        )
+
+    def _rows_per_epoch(self, rows):
+        return rows.per_epoch + (PSEUDO_DRAWS if self.frame is not None and isinstance(rows, InMemory) else 0)
 
     def _target_score(self, of_likelihood, of_prior):
         return of_likelihood + of_prior
