@@ -124,7 +124,7 @@ class Prior(eqx.Module):
 
     def unconstrained_spread(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of u, `(p,)` each, of 4000 draws, always the same: for scales only."""
-        u = np.asarray(self.to_unconstrained(self.sample(jax.random.key(0), (4000,))), float)
+        u = np.asarray(_draws_unconstrained(self), float)
         return u.mean(0), u.std(0)
 
     def marginal(self, names: Sequence[str]) -> "Prior":
@@ -194,3 +194,8 @@ class Within(Distribution):
     @property
     def mean(self):
         return self.icdf(jnp.asarray(0.5))
+
+
+@eqx.filter_jit
+def _draws_unconstrained(prior: Prior) -> Float[Array, "4000 p"]:
+    return prior.to_unconstrained(prior.sample(jax.random.key(0), (4000,)))

@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 
 from diffsbi.prior import Prior
-from diffsbi.simulators.base import AbstractSimulator, AbstractTransport, Identity
+from diffsbi.simulators.base import AbstractSimulator, AbstractTransport, Identity, draw_shapes
 from diffsbi.simulators.linear_gaussian import linear_gaussian
 
 
@@ -156,6 +156,31 @@ def test_blocks_share_one_compilation(x64):
     assert len(draw(7).x) == 7
     # Blocks of 4 and 3 rows would have to be compiled twice.
     assert len(traces) == once
+
+
+def test_shapes_are_those_of_a_draw_and_traced_once_for_one_structure(x64):
+    traces = []
+
+    class Sized(AbstractSimulator):
+        offset: jax.Array
+        n: int = eqx.field(static=True)
+        prior: Prior = Prior({"level": dist.Normal(0.0, 1.0)})
+
+        def latents(self, theta):
+            return dist.Normal(self.offset * jnp.ones(5), 0.5).to_event(1)
+
+        def likelihood(self, theta, z):
+            traces.append(1)
+            return dist.Normal(theta[0] * jnp.ones((self.n, 2)), 0.3).to_event(2)
+
+    for n, offset, traced in ((3, 0.0, True), (3, 1.0, False), (4, 1.0, True)):
+        before = len(traces)
+        sim = Sized(jnp.asarray(offset), n)
+        assert [a.shape for a in draw_shapes(sim)] == [(1,), (5,), (n, 2)]
+        assert (len(traces) > before) == traced
+        assert draw_shapes(sim)[2].dtype == jnp.float64
+    with jax.enable_x64(False):
+        assert draw_shapes(Sized(jnp.asarray(0.0), 3))[2].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

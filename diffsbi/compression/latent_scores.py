@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from diffsbi._types import Array, Float, check_trailing, checked_rows
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
 from diffsbi.simulators.averaging import energy_lost, energy_slack, evaluator
+from diffsbi.simulators.base import draw_shapes
 
 
 class _ScoresAtOnePoint(eqx.Module):
@@ -46,7 +47,7 @@ class _ScoresAtOnePoint(eqx.Module):
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        return jax.eval_shape(lambda: self.sim.draw_one(jax.random.key(0), self.theta0))[2].shape
+        return draw_shapes(self.sim)[2].shape
 
     def _start(self, x: Array):
         r"""The state at $\xi = 0$, and the function of $\xi$ that returns the state there: one gradient."""

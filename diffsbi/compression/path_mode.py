@@ -15,7 +15,7 @@ from diffsbi.inference.frames import pack_frame
 from diffsbi.sampling.blocks import BlockStore, array_digest
 from diffsbi.sampling.full_field import starting_frame
 from diffsbi.sampling.path import check_lengths, path_posterior
-from diffsbi.simulators.base import AbstractSimulator
+from diffsbi.simulators.base import AbstractSimulator, draw_shapes
 
 RETRIES = 2  # of a path that fails, each with twice as many turns as the last
 
@@ -82,8 +82,7 @@ class PathMode(eqx.Module):
         Raises:
             ValueError: Rows of another shape than the simulator's data, or not finite; a folder of other rows.
         """
-        shape = eqx.filter_eval_shape(self.sim.draw_one, jax.random.key(0))[2].shape
-        x = checked_rows(x, shape)
+        x = checked_rows(x, draw_shapes(self.sim)[2].shape)
         store = BlockStore(Path(folder), self._about(x)) if folder else None
         found = []
         for k, row in enumerate(tqdm(x, desc=type(self).__name__, unit="row", disable=not progress)):

@@ -15,7 +15,7 @@ from diffsbi.sampling.hmc import hmc
 from diffsbi.sampling.mclmc import mclmc
 from diffsbi.sampling.nuts import nuts
 from diffsbi.sampling.runner import BadStart
-from diffsbi.simulators.base import AbstractSimulator
+from diffsbi.simulators.base import AbstractSimulator, draw_shapes
 from diffsbi.simulators.lensing import LensingMaps
 
 
@@ -129,7 +129,7 @@ def observed(sim: AbstractSimulator, x) -> tuple[Array, tuple[int, ...]]:
         ValueError: If x is not finite or has another shape than the simulator draws.
     """
     x = jnp.asarray(x, jnp.result_type(float))
-    _, z_shape, x_shape = eqx.filter_eval_shape(sim.draw_one, jax.random.key(0))
+    _, z_shape, x_shape = draw_shapes(sim)
     if x.shape != x_shape.shape:
         raise ValueError(f"Expected an observation with shape {x_shape.shape}; got {x.shape}.")
     check_finite("observation", x)

@@ -245,7 +245,7 @@ class AbstractSimulator(eqx.Module):
         return best_steps(acceptance_with)
 
     def _rows_that_fit(self, budget: int = 2**28) -> int:
-        _, z, x = eqx.filter_eval_shape(self.draw_one, jax.random.key(0))
+        _, z, x = draw_shapes(self)
         return int(max(1, min(128, budget // (4 * (z.size + x.size)))))
 
 
@@ -297,3 +297,15 @@ def _draw_rows(sim, key, index, theta, *, with_score, latents, average, keep_lat
     at_least_two = jnp.arange(max(n, 2)) % n
     rows = jax.lax.map(row, (index[at_least_two], None if theta is None else theta[at_least_two]))
     return jax.tree.map(lambda a: a[:n], rows)
+
+
+def draw_shapes(sim: AbstractSimulator) -> tuple[Any, Any, Any]:
+    """Shapes and types of the (theta, z, x) of one draw; traced once for all simulators of one structure."""
+    arrays, rest = eqx.partition(sim, eqx.is_array)
+    leaves, structure = jax.tree.flatten(rest)
+    return _one_draw.eval_shape(arrays, tuple(leaves), structure)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _one_draw(arrays, leaves, structure):
+    return eqx.combine(arrays, jax.tree.unflatten(structure, leaves)).draw_one(jax.random.key(0))
