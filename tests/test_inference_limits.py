@@ -112,5 +112,7 @@ def test_lensing_experiment_wants_enough_reference_simulations():
     _check_sizes(Config(**sizes, coverage_n=(100,), n_reference=900))  # those that are tested train on none of them
     with pytest.raises(ValueError, match="n_reference >= 900, .*; got n_reference=800"):
         _check_sizes(Config(**sizes, coverage_n=(), n_reference=800))
+    with pytest.raises(ValueError, match="n <= n_scored with summary 'path_mode'; got 400 and 100"):
+        _check_sizes(Config(**sizes, summary="path_mode", n_reference=2000))
     with pytest.raises(ValueError, match="n_coverage >= seeds"):
         _check_sizes(Config(n_coverage=2))
