@@ -134,9 +134,10 @@ def main(cfg: Config, out: Path) -> None:
     run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
     run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
     pool, many = load_npz(run.path("simulations", "pool.npz")), load_npz(run.path("summaries", "pool.npz"))
-    given = (cfg, sim, proposal, many, observed[0], chain, run)
+    given = (cfg, sim, proposal, many, observed, chain, run)
     run.once("given_summaries", lambda folder: _given_summaries(*given, folder))
-    references = {"c2st": chain, "c2st_summaries": load_npz(run.path("given_summaries", "samples.npz"))["theta"]}
+    given_numbers = load_npz(run.path("given_summaries", "samples.npz"))["theta"]
+    references = [{"c2st": chain, "c2st_summaries": theta} for theta in given_numbers]
     rows = []
     for seed, n, kind, name in itertools.product(range(cfg.seeds), cfg.n, [None, *cfg.scores], cfg.estimators):
         if kind is not None and n > cfg.n_scored:
@@ -150,7 +151,8 @@ def main(cfg: Config, out: Path) -> None:
                 write_npz(path.with_suffix(".npz"), _at_observations(cfg, posterior, proposal, many, seed, key))
             theta = _draws(posterior, key, cfg.n_samples, observed[seed % len(observed)])
             write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
-            write_json(path, distances(theta, references, sim.names, seed) | merits(theta, chain, sim.names))
+            found = distances(theta, references[seed % len(observed)], sim.names, seed)
+            write_json(path, found | merits(theta, chain, sim.names))
         rows.append(read_json(path) | dict(estimator=name, score=score_name(kind), n=n, seed=seed))
     frames = _frames_alone(cfg, sim, observed, references, run.key("fits"))
     limit = run.account("given_summaries")
@@ -285,7 +287,7 @@ def _frames_alone(cfg: Config, sim, observed, references, key) -> list[dict]:
         w = jax.random.normal(jax.random.fold_in(key, seed), (cfg.n_samples, sim.prior.dim))
         mean, root = LocalFrame(sim.prior.dim).unpack(jnp.asarray(x))
         theta = np.asarray(sim.prior.from_unconstrained(mean + w @ root.T))
-        rows.append(distances(theta, references, sim.names, seed) | dict(estimator=cfg.summary, n=0, seed=seed))
+        rows.append(distances(theta, references[seed], sim.names, seed) | dict(estimator=cfg.summary, n=0, seed=seed))
     return rows
 
 
@@ -298,12 +300,14 @@ def _at_observations(cfg: Config, posterior, proposal, many, seed: int, key) -> 
 
 
 def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, folder: Path) -> dict:
-    """What the summaries say, from all simulations without scores, and how far NPE is from it."""
+    """What the summaries say, from all simulations without scores, and how far NPE is from it; one row of observed."""
     arrays, n = (many["theta"], many["t"], None), 2 * cfg.n_samples
     key = run.key("given_summaries")
     estimators = (ds.NLE, ds.NPE) if cfg.summary not in FRAMES else (ds.NPE,)
-    theta, *others = (_draws(_posterior(cfg, sim, e, proposal, arrays, key), key, n, observed) for e in estimators)
-    write_npz(folder / "samples.npz", {"theta": theta})
+    fitted = [_posterior(cfg, sim, e, proposal, arrays, key) for e in estimators]
+    theta, *others = (_draws(posterior, key, n, observed[0]) for posterior in fitted)
+    more = [_draws(fitted[0], key, n, x) for x in observed[1:]]
+    write_npz(folder / "samples.npz", {"theta": np.stack([theta, *more])})
     account = distances(theta, dict(zip(("c2st", "c2st_npe"), (chain, *others), strict=False)), sim.names, 0)
     by_regression = {} if proposal is None else {"lost": lost(many["theta"], many["t"], chain, proposal)}
     return account | by_regression | {"simulations": cfg.n_reference}

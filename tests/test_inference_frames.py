@@ -15,6 +15,7 @@ from diffsbi.inference.frames import (
     PSEUDO_DRAWS,
     PSEUDO_ROWS,
     REACH,
+    UNIT,
     fit_in_frames,
     frame_width,
     log_evidence,
@@ -99,7 +100,7 @@ def shares(w, x):
     share = float(fitted.u_loc[0] / plain.u_loc[0])
     np.testing.assert_allclose(fitted.u_loc, share * plain.u_loc, rtol=1e-4)
     np.testing.assert_allclose(fitted.slope, share * plain.slope, rtol=1e-4, atol=1e-9)
-    expected = share * plain.lower @ plain.lower.T + (1 - share) * np.eye(w.shape[1])
+    expected = share * plain.lower @ plain.lower.T + (1 - share) * UNIT * np.eye(w.shape[1])
     np.testing.assert_allclose(fitted.lower @ fitted.lower.T, expected, rtol=1e-4, atol=1e-6)
     return share
 
@@ -360,11 +361,33 @@ def test_pseudo_rows_say_that_the_frames_are_right(x64):
         assert set(column) <= set(known) and len(set(column)) > 20
 
 
+def test_the_width_of_a_standard_normal_in_logarithms():
+    r = np.random.default_rng(0).standard_normal(200_000)
+    assert UNIT == pytest.approx(np.mean((REACH * np.arcsinh(r / REACH)) ** 2), abs=0.015)
+
+
 def test_weights_of_the_rows_themselves_stay(x64):
     standardiser, rows = standard_rows()
-    own = jnp.linspace(0.5, 1.5, 40)
+    own = 0.1 * jnp.linspace(0.5, 1.5, 40)
     more = with_pseudo_rows(jax.random.key(0), rows | {"weight": own}, standardiser, 120.0)
-    np.testing.assert_allclose(more["weight"][:40] / more["weight"][0], own / own[0])
+    weight = np.asarray(more["weight"])
+    np.testing.assert_allclose(weight[:40] / weight[0], own / own[0])
+    assert weight[40:].sum() / weight[:40].sum() == pytest.approx(120 / 40), "only relative to each other"
+    assert weight.mean() == pytest.approx(1)
+
+
+def test_nothing_is_believed_of_a_posterior_that_is_reweighted():
+    sim = linear_gaussian()
+    draws = sim.draw(jax.random.key(0), 40, with_score=False)
+    numbers = LaplaceMode(sim, n_starts=1, n_steps=4).many(draws.x)
+    proposal = ds.gaussian_proposal(sim, draws.theta, 1.5)
+    for correction, given, believed in (
+        ("reweight", None, True),
+        ("reweight", proposal, False),
+        ("importance", proposal, True),
+    ):
+        npe = NPE(sim, framed=True, correction=correction).append(draws.theta, numbers, proposal=given)
+        assert npe._has_pseudo_rows() == believed
 
 
 def test_what_is_learned_from_few_rows_does_not_spoil_frames_that_are_right():
@@ -377,4 +400,5 @@ def test_what_is_learned_from_few_rows_does_not_spoil_frames_that_are_right():
     for score in (None, draws.score):
         npe = NPE(sim, density_options=SMALL, framed=True).append(draws.theta, numbers, score)
         posterior = npe.fit(jax.random.key(2), members=1)
-        assert -0.03 < alone - mean_log_prob(posterior, test.theta, at) < 0.06
+        # Without what is believed of the frames it loses between .3 and 5 nats.
+        assert -0.03 < alone - mean_log_prob(posterior, test.theta, at) < 0.15

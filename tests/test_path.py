@@ -252,3 +252,17 @@ def test_a_small_map_as_by_its_chain():
     for name, row in found.summary().items():
         assert abs(row.mean - chain[name].mean) < 0.3 * chain[name].sd
         assert row.sd == pytest.approx(chain[name].sd, rel=0.25)
+
+
+def test_scores_beyond_all_bounds_end_in_a_refusal_that_says_what_to_do(x64, monkeypatch):
+    def wild(self, k, points, n_turns):
+        scores = -points
+        scores[:2] *= 1e6
+        return dict(u=points, scores=scores, acceptance=np.ones(len(points)))
+
+    monkeypatch.setattr(path.Walk, "round", wild)
+    sim = ds.linear_gaussian(dim=6, n_latents=3, n_data=8)
+    x = sim.draw(jax.random.key(4), 1).x[0]
+    with pytest.raises(path.PathError, match="no posterior that can be sampled") as refused:
+        path_posterior(sim, x, jax.random.key(0), n_points=24, until_error=None)
+    assert isinstance(refused.value.__cause__, np.linalg.LinAlgError)

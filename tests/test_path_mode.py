@@ -87,6 +87,9 @@ def test_an_interrupted_call_goes_on_and_rows_of_another_are_refused(tmp_path, m
     assert len(calls) == 2
     with pytest.raises(ValueError, match="data"):
         mode.many(x + 1, folder=tmp_path)
+    other = ds.linear_gaussian(**NOISY | dict(noise=2.1))
+    with pytest.raises(ValueError, match="chains of this target"):
+        PathMode(other, latents="white", n_points=12, until_error=None).many(x, folder=tmp_path)
 
 
 def test_a_path_that_fails_is_replaced_by_its_start_and_told_of(x64):
@@ -101,7 +104,7 @@ def test_a_path_that_fails_is_replaced_by_its_start_and_told_of(x64):
     whole = ds.linear_gaussian(**NOISY)
     sim = Broken(**{f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}, limit=-9.0)
     x = whole.draw(jax.random.key(4), 2, with_score=False).x
-    with pytest.warns(UserWarning, match=r"paths of 2 of 2 rows failed \(the first is row 0\)"):
+    with pytest.warns(UserWarning, match=r"paths of 2 of 2 rows failed.* first is row 0: The score is not finite"):
         mean, root = unpacked(PathMode(sim, latents="white", n_points=12, until_error=None).many(x), 2)
     prior_mean, prior_sd = sim.prior.unconstrained_spread()
     np.testing.assert_allclose(mean, np.tile(prior_mean, (2, 1)), atol=1e-6)

@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, checked_rows
 from diffsbi.inference.frames import pack_frame
-from diffsbi.sampling.blocks import BlockStore, array_digest
+from diffsbi.sampling.blocks import START, BlockStore, array_digest
 from diffsbi.sampling.full_field import starting_frame
 from diffsbi.sampling.path import check_lengths, path_posterior
+from diffsbi.sampling.walk import PathError
 from diffsbi.simulators.base import AbstractSimulator, draw_shapes
 
 RETRIES = 2  # of a path that fails, each with twice as many turns as the last
@@ -34,7 +35,7 @@ class PathMode(eqx.Module):
 
     Args:
         sim: Any simulator whose latents are near a standard normal in the coordinate `latents`.
-        n_points: The most points of each path, in whole rounds of 2 p.
+        n_points: The most points of each path, in whole rounds of 2 p (six at least).
         n_turns: Averaged at each point.
         until_error: A path ends, after three rounds at least, when means and widths are known to so many standard
             deviations; None to take all points.
@@ -80,7 +81,8 @@ class PathMode(eqx.Module):
             progress: Show a progress bar.
 
         Raises:
-            ValueError: Rows of another shape than the simulator's data, or not finite; a folder of other rows.
+            ValueError: Rows of another shape than the simulator's data, or not finite; a folder of other rows or
+                another simulator.
         """
         x = checked_rows(x, draw_shapes(self.sim)[2].shape)
         store = BlockStore(Path(folder), self._about(x)) if folder else None
@@ -93,18 +95,20 @@ class PathMode(eqx.Module):
                     store.write(0, k, kept, ())
             found.append(kept)
         if failed := [k for k, one in enumerate(found) if one["gradients"] == 0]:
+            why = found[failed[0]]["why"].tobytes().decode()
             warnings.warn(
-                f"The paths of {len(failed)} of {len(x)} rows failed (the first is row {failed[0]}): their numbers are "
-                "those of the path's start. Try more n_turns or n_points.",
+                f"The paths of {len(failed)} of {len(x)} rows failed: their numbers are those of the path's start. The "
+                f"first is row {failed[0]}: {why}",
                 stacklevel=2,
             )
         return pack_frame(*(jnp.asarray(np.stack([one[name] for one in found]), x.dtype) for name in ("mean", "root")))
 
     def _about(self, x) -> dict[str, Any]:
         names = ("n_points", "n_turns", "until_error", "latents", "seed")
-        return dict(compressor=type(self).__name__, data=array_digest(np.asarray(x, np.float32))) | {
-            name: getattr(self, name) for name in names
-        }
+        about: dict[str, Any] = dict(compressor=type(self).__name__, simulator=type(self.sim).__name__)
+        about |= dict(names=list(self.sim.names), data=array_digest(np.asarray(x)))
+        about |= {name: getattr(self, name) for name in names}
+        return about | {START: np.asarray(_at_a_draw(self.sim, x[0]), float).tolist()}
 
     def _one(self, x) -> dict[str, np.ndarray]:
         """Mean and root of one data set's normal; no gradients where these are only the path's start."""
@@ -116,9 +120,18 @@ class PathMode(eqx.Module):
                     warnings.simplefilter("ignore", UserWarning)
                     where = jax.random.fold_in(key, trial)
                     found = path_posterior(self.sim, x, where, latents=self.latents, **settings)
-            except RuntimeError:  # told in `many`, of all rows together
+            except PathError as failed:  # told in `many`, of all rows together
+                why = str(failed)
                 continue
             mean, root = found.normal()
             return dict(mean=mean, root=root, gradients=np.asarray(found.gradients))
         mean, root = starting_frame(self.sim, x)
-        return dict(mean=np.asarray(mean, float), root=np.asarray(root, float), gradients=np.asarray(0))
+        note = np.frombuffer(why.encode(), np.uint8)
+        return dict(mean=np.asarray(mean, float), root=np.asarray(root, float), gradients=np.asarray(0), why=note)
+
+
+@eqx.filter_jit
+def _at_a_draw(sim, x) -> Float[Array, " p_and_1"]:
+    """The joint of the data and of parameters and latents of the simulator's own: tells it from any other."""
+    theta, z, _ = sim.draw_one(jax.random.key(0))
+    return jnp.append(theta, sim.log_joint(theta, z, x))

@@ -18,6 +18,10 @@ REACH = 5.0
 PSEUDO_ROWS = np.geomspace(10.0, 1000.0, 25)
 """Numbers of simulations that the frames may be believed for before any is seen."""
 
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
+UNIT = float(_WEIGHTS @ (REACH * np.arcsinh(_NODES / REACH)) ** 2 / np.sqrt(2 * np.pi))
+"""Variance of w where r is a standard normal: .96."""
+
 PSEUDO_DRAWS = 256
 """Rows that stand for the pseudo-simulations while a density is trained, each by its part of their number."""
 
@@ -138,21 +142,24 @@ def pseudo_rows_for(w) -> float:
 
 
 def with_pseudo_rows(key: Key, rows: dict[str, Array], standardiser: Standardiser, pseudo_rows: float):
-    r"""Standardised rows, and `PSEUDO_DRAWS` more that say that the frames are right, w a standard normal at any x.
+    r"""Standardised rows, and `PSEUDO_DRAWS` more that say that the frames are right, r a standard normal at any x.
 
     These count for `pseudo_rows` simulations, by "weight", and have no scores; each of the numbers of their x is one of
-    the rows', independently of the others. Weights have mean one over all.
+    the rows', independently of the others. Weights that the rows have are relative to each other; those of all have
+    mean one.
     """
     n, total = len(rows["v"]), len(rows["v"]) + PSEUDO_DRAWS
     key_w, key_c, key_row = jax.random.split(key, 3)
     c = jnp.take_along_axis(rows["c"], jax.random.randint(key_c, (PSEUDO_DRAWS, rows["c"].shape[1]), 0, n), 0)
-    w = jax.random.normal(key_w, (PSEUDO_DRAWS, rows["v"].shape[1]), rows["v"].dtype)
+    r = jax.random.normal(key_w, (PSEUDO_DRAWS, rows["v"].shape[1]), rows["v"].dtype)
+    w = REACH * jnp.arcsinh(r / REACH)
     more = {"v": standardiser.to_standard(w, c), "c": c}
     weight = (
         jnp.full(n, total / (n + pseudo_rows)),
         jnp.full(PSEUDO_DRAWS, total / (n + pseudo_rows) * pseudo_rows / PSEUDO_DRAWS),
     )
-    rows = rows | {"weight": weight[0] * rows.get("weight", 1.0)}
+    own = rows.get("weight", jnp.ones(n, rows["v"].dtype))
+    rows = rows | {"weight": weight[0] * own / jnp.mean(own)}
     more["weight"] = weight[1]
     if "score" in rows:
         like = jax.random.randint(key_row, (PSEUDO_DRAWS,), 0, n)
@@ -165,7 +172,7 @@ def with_pseudo_rows(key: Key, rows: dict[str, Array], standardiser: Standardise
 def fit_in_frames(w, x) -> Standardiser:
     r"""`fit_standardiser` of rows in local frames, which are believed where the rows agree with them.
 
-    To the rows as many are added that say that the frames are right, w a standard normal, as makes the rows most
+    To the rows as many are added that say that the frames are right, r a standard normal, as makes the rows most
     probable (`PSEUDO_ROWS`, `log_evidence`): many where frames are good, few where they are not, so that no more is
     learned from few rows than they can tell. Single rows count for little (`winsorised`), and no data are farther out
     than `FARTHEST`.
@@ -173,6 +180,6 @@ def fit_in_frames(w, x) -> Standardiser:
     held = winsorised(w)
     fitted = fit_standardiser(held, x, FARTHEST)
     share = len(held) / (len(held) + pseudo_rows_for(w))
-    covariance = share * fitted.lower @ fitted.lower.T + (1 - share) * jnp.eye(len(fitted.lower))
+    covariance = share * fitted.lower @ fitted.lower.T + (1 - share) * UNIT * jnp.eye(len(fitted.lower))
     new = share * fitted.u_loc, share * fitted.slope, jnp.linalg.cholesky(covariance.astype(fitted.lower.dtype))
     return eqx.tree_at(lambda s: (s.u_loc, s.slope, s.lower), fitted, new)

@@ -51,7 +51,8 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
     Where posteriors change their place and width a lot over the proposal, one linear standardisation is far from each
     of them. `framed=True` is for data that begin with a normal approximation of their own posterior (`LocalFrame`, made
     by `compression.LaplaceMode` or `PathMode`, say): the density is learned in its coordinates, and the fit has only to
-    learn where the approximation is wrong; it starts from the belief that it is right (`fit_in_frames`).
+    learn where the approximation is wrong; it starts from the belief that it is right (`fit_in_frames`), in `fit`
+    unless q is reweighted.
 
     Args:
         prior: A `Prior`, or anything with a `prior` (a simulator).
@@ -121,7 +122,7 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         )
 
     def _believed(self, key, standardiser, data, validation):
-        if self.frame is None or callable(data):  # a stream has rows enough
+        if not self._has_pseudo_rows() or callable(data):  # a stream has rows enough
             return data, validation
         w = standardiser.from_standard(data["v"], data["c"])
         for_each = pseudo_rows_for(np.asarray(w)) / len(w)
@@ -131,7 +132,11 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         )
 
     def _rows_per_epoch(self, rows):
-        return rows.per_epoch + (PSEUDO_DRAWS if self.frame is not None and isinstance(rows, InMemory) else 0)
+        return rows.per_epoch + (PSEUDO_DRAWS if self._has_pseudo_rows() and isinstance(rows, InMemory) else 0)
+
+    def _has_pseudo_rows(self) -> bool:
+        """Frames are of the posterior under the prior: where q is another one, nothing is believed of it."""
+        return self.frame is not None and (self._proposals() is None or self.correction != "reweight")
 
     def _target_score(self, of_likelihood, of_prior):
         return of_likelihood + of_prior

@@ -15,7 +15,7 @@ from diffsbi.prior import Prior
 from diffsbi.sampling.blocks import BlockStore, array_digest
 from diffsbi.sampling.full_field import observed, starting_frame
 from diffsbi.sampling.surface import Surface, features, fit_surface
-from diffsbi.sampling.walk import Walk
+from diffsbi.sampling.walk import PathError, Walk
 from diffsbi.simulators.averaging import LOW_ACCEPTANCE
 from diffsbi.simulators.base import AbstractSimulator
 
@@ -26,6 +26,12 @@ MOST_SHIFT, MOST_WIDENING = 3.0, 1.5  # from one round to the next, in standard 
 MOST_MOVES = 12
 CANDIDATES = 10_000
 TAIL = 6.0  # degrees of freedom of the candidates' t distribution
+
+
+NO_POSTERIOR = (
+    "The scores so far give no posterior that can be sampled: they are too noisy, or the log-likelihood is far "
+    "from quadratic. Try more n_turns, or start from draws of a first posterior (start=...)."
+)
 
 
 class PathEstimate(NamedTuple):
@@ -161,8 +167,8 @@ def path_posterior(
     Raises:
         ValueError: Data that are not finite or of another shape, numbers that are not positive, fewer than two rounds,
             or a folder of another configuration.
-        RuntimeError: Scores that are not finite at half the points of a round, or so noisy or so far from those of a
-            quadratic that no posterior can be had.
+        PathError: A RuntimeError: scores that are not finite at half the points of a round, or so noisy or so far from
+            those of a quadratic that no posterior can be had.
     """
     dim = sim.prior.dim
     size = check_lengths(dim, n_points, n_turns, until_error)
@@ -189,7 +195,10 @@ def path_posterior(
                 if store:
                     store.write(0, k, record, walk.state)
             kept.append(record)
-            posterior = _fitted(sim.prior, centre, root, kept, degree, walk.gradients)
+            try:
+                posterior = _fitted(sim.prior, centre, root, kept, degree, walk.gradients)
+            except np.linalg.LinAlgError as error:  # scores beyond all bounds, a covariance that is none
+                raise PathError(NO_POSTERIOR) from error
             centre, root = posterior.centre, posterior.root
             bar.update(size)
             error, acceptance = posterior.error, record["acceptance"].mean()
@@ -250,8 +259,7 @@ def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> Pa
 def _normal(centre, root, v, log_weight) -> tuple[np.ndarray, np.ndarray]:
     """Mean and root of weighted candidates."""
     weight = np.exp(log_weight - logsumexp(log_weight))
-    relative = root @ np.linalg.cholesky(np.atleast_2d(np.cov(v.T, aweights=weight)))
-    return centre + root @ (weight @ v), np.linalg.cholesky(relative @ relative.T)
+    return centre + root @ (weight @ v), root @ np.linalg.cholesky(np.atleast_2d(np.cov(v.T, aweights=weight)))
 
 
 def _near(start, centre, root) -> tuple[np.ndarray, np.ndarray]:
@@ -316,10 +324,7 @@ def _candidates(prior: Prior, centre, root, surface: Surface, generator, n: int)
             break
         at, covariance = weight @ v, np.atleast_2d(np.cov(v.T, aweights=weight)) + 1e-9 * np.eye(dim)
     if temper < 1 or not np.isfinite(effective):
-        raise RuntimeError(
-            "The scores so far give no posterior that can be sampled: they are too noisy, or the log-likelihood is far "
-            "from quadratic. Try more n_turns, or start from draws of a first posterior (start=...)."
-        )
+        raise PathError(NO_POSTERIOR)
     return v, log_weight
 
 

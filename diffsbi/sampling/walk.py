@@ -14,6 +14,10 @@ LEAST_ACCEPTANCE, MOST_STEPS = 0.7, 16
 BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
 
 
+class PathError(RuntimeError):
+    """A path of which no posterior can be had."""
+
+
 class Walk:
     """The chain of latents that goes with theta; `state` is all that a later round depends on."""
 
@@ -36,12 +40,12 @@ class Walk:
         bad = ~np.isfinite(scores).all(1)
         if bad.mean() > 0.5:
             example = np.asarray(self.sim.prior.from_unconstrained(jnp.asarray(points[bad][0]))).tolist()
-            raise RuntimeError(
+            raise PathError(
                 f"The score is not finite at {bad.sum()} of {len(points)} parameters of round {k}, such as {example}; "
                 "start from draws of a first posterior (start=...), or look at the simulator there."
             )
         if not acceptance[~bad].max() > 0:
-            raise RuntimeError(
+            raise PathError(
                 f"The latents did not move at any parameters of round {k}, in steps of a quarter turn over "
                 f"{int(self.state['n_steps'])}: they are far from a standard normal in the coordinate "
                 f"{self.latents!r}. Choose another, or sample with `full_field_posterior`."
