@@ -24,7 +24,6 @@ from diffsbi.simulators import (
 
 __version__ = "0.1.0"
 
-
 _cache.enable()
 
 __all__ = [

@@ -14,6 +14,7 @@ from diffsbi import summaries
 from diffsbi._files import load_npz, write_npz
 from diffsbi.comparison import prior_bounds
 from diffsbi.diagnostics import c2st, compare_moments, figure_of_merit, sbc_ranks, sbc_test, tarp
+from diffsbi.inference import LocalFrame
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.runs import Run, start_run
@@ -109,17 +110,25 @@ def in_blocks(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def summarised(sim, summary, key, n: int, theta=None, *, folder: Path | None = None) -> np.ndarray:
+def summarised(sim, summary, key, n: int, theta=None, *, of=None, folder: Path | None = None) -> np.ndarray:
     """Summaries `(n, d)` of simulations without scores; theta is None, one vector, or one for each row.
 
-    `summary` takes rows of maps; blocks are kept in `folder`.
+    `summary` takes rows of maps, and with `of` each row's entry of that too; blocks are kept in `folder`.
     """
 
     def make(start: int, count: int) -> dict:
-        rows = theta[start : start + count] if np.ndim(theta) == 2 else theta
-        return {"t": summary(sim.draw(key, count, rows, with_score=False, start=start).x)}
+        which = slice(start, start + count)
+        x = sim.draw(key, count, theta[which] if np.ndim(theta) == 2 else theta, with_score=False, start=start).x
+        return {"t": summary(x) if of is None else summary(x, of[which])}
 
     return in_blocks("simulations without scores", n, 100, make, folder)["t"]
+
+
+def frame_draws(sim, numbers, key, n: int) -> np.ndarray:
+    """`n` draws of the normal that `numbers` begin with (`inference.pack_frame`), as parameters."""
+    mean, root = LocalFrame(sim.prior.dim).unpack(jnp.asarray(numbers))
+    normal = jax.random.normal(key, (n, sim.prior.dim))
+    return np.asarray(sim.prior.from_unconstrained(mean[None] + normal @ root.T))
 
 
 def distances(theta, references: dict[str, np.ndarray], names, seed: int) -> dict:

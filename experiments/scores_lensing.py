@@ -21,14 +21,12 @@ import itertools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore, PathMode
-from diffsbi.inference import LocalFrame
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import (
@@ -40,11 +38,13 @@ from experiments.lensing import (
     compress,
     distances,
     draws_under,
+    frame_draws,
     in_blocks,
     lost,
     merits,
     print_calibration,
     spectrum_proposal,
+    summarised,
 )
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
@@ -104,7 +104,7 @@ PRESETS = {
         summary="path_mode", turns=2, proposal="prior", n=(25, 50, 100), n_scored=100, estimators=("NPE",),
         scores=(("whitened", 4),), n_reference=500, coverage_n=(100,), members=2,
     ),
-    # Few, and few to test them on: an hour and a half on one core.
+    # Few, and few to test them on: two hours on one core.
     "large_prior_paths": Config(
         n_pix=256, summary="path_mode", turns=2, proposal="prior", n=(25,), n_scored=25, seeds=4,
         estimators=("NPE",), scores=(("whitened", 4),), n_reference=40, coverage_n=(25,), n_coverage=40,
@@ -249,12 +249,7 @@ def _many(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
     theta = (sim.prior if proposal is None else proposal).sample(key_theta, (cfg.n_reference,))
     seeds = (cfg.n_reference - 1 - np.arange(cfg.n_reference)) // (cfg.n_coverage // cfg.seeds) % cfg.seeds
 
-    def make(start: int, count: int) -> dict:
-        rows = slice(start, start + count)
-        x = sim.draw(key_draw, count, theta[rows], with_score=False, start=start).x
-        return {"t": summary(x, seeds[rows])}
-
-    t = in_blocks("simulations without scores", cfg.n_reference, 100, make, folder / "blocks")["t"]
+    t = summarised(sim, summary, key_draw, cfg.n_reference, theta, of=seeds, folder=folder / "blocks")
     write_npz(folder / "pool.npz", {"theta": np.asarray(theta), "t": t})
     return {"simulations": cfg.n_reference}
 
@@ -284,9 +279,7 @@ def _frames_alone(cfg: Config, sim, observed, references, key) -> list[dict]:
     """How far draws of each observed frame's own normal are from the references; none for other summaries."""
     rows = []
     for seed, x in enumerate(observed if cfg.summary in FRAMES else ()):
-        w = jax.random.normal(jax.random.fold_in(key, seed), (cfg.n_samples, sim.prior.dim))
-        mean, root = LocalFrame(sim.prior.dim).unpack(jnp.asarray(x))
-        theta = np.asarray(sim.prior.from_unconstrained(mean + w @ root.T))
+        theta = frame_draws(sim, x, jax.random.fold_in(key, seed), cfg.n_samples)
         rows.append(distances(theta, references[seed], sim.names, seed) | dict(estimator=cfg.summary, n=0, seed=seed))
     return rows
 

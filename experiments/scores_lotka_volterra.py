@@ -23,12 +23,11 @@ import diffsbi as ds
 from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi._types import check_names
 from diffsbi.compression import LaplaceMode
-from diffsbi.inference import LocalFrame
 from diffsbi.runs import start_run
 from diffsbi.sampling import full_field_posterior, load_chains
 from experiments import command_line
 from experiments.curves import print_saved, print_table
-from experiments.lensing import calibration_of, distances, draws_under, in_blocks, print_calibration
+from experiments.lensing import calibration_of, distances, draws_under, frame_draws, in_blocks, print_calibration
 
 PUBLISHED = {
     "none": {20: 0.997, 50: 0.972, 100: 0.942, 200: 0.860, 500: 0.788, 1000: 0.778},
@@ -169,9 +168,7 @@ class _Case(NamedTuple):
 
     def mode_alone(self, key) -> dict:
         """What the normal approximation says of the observation."""
-        mean, root = LocalFrame(self.sim.prior.dim).unpack(self.observed)
-        normal = jax.random.normal(jax.random.fold_in(key, 1), (self.cfg.n_samples, len(mean)))
-        theta = np.asarray(self.sim.prior.from_unconstrained(mean[None] + normal @ root.T))
+        theta = frame_draws(self.sim, self.observed, jax.random.fold_in(key, 1), self.cfg.n_samples)
         return distances(theta, {"c2st": self.exact}, self.sim.names, 0)
 
 
