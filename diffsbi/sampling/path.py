@@ -197,11 +197,12 @@ def path_posterior(
             kept.append(record)
             try:
                 posterior = _fitted(sim.prior, centre, root, kept, degree, walk.gradients)
+                error = posterior.error
             except np.linalg.LinAlgError as error:  # scores beyond all bounds, a covariance that is none
                 raise PathError(NO_POSTERIOR) from error
             centre, root = posterior.centre, posterior.root
             bar.update(size)
-            error, acceptance = posterior.error, record["acceptance"].mean()
+            acceptance = record["acceptance"].mean()
             bar.set_postfix(gradients=posterior.gradients, acceptance=f"{acceptance:.2f}", error=f"{error:.2f}")
             if k + 1 >= LEAST_ROUNDS and until_error is not None and error < until_error:
                 break
@@ -245,14 +246,18 @@ def _fitted(prior: Prior, centre, root, kept, degree: int, gradients: int) -> Pa
     """The surface through all scores so far, in the frame of the posterior that it gives."""
     u, scores, acceptance = (np.concatenate([r[name] for r in kept]) for name in ("u", "scores", "acceptance"))
     _, sd = prior.unconstrained_spread()
-    frames, start = [(r["centre"], r["root"]) for r in kept], (centre, root)
-    for _ in range(REFITS):
+    frames = [(r["centre"], r["root"]) for r in kept]
+
+    def fit(centre, root) -> PathPosterior:
         v, in_frame = np.linalg.solve(root, (u - centre).T).T, scores @ root
         guess = np.eye(prior.dim) - root.T @ (root / sd[:, None] ** 2)
         counts = _counts(u, centre, root, frames) * acceptance / acceptance.mean()
         surface = _concave(fit_surface(v, in_frame, guess, degree, counts))
-        fitted = PathPosterior(prior, centre, root, surface, u, scores, acceptance, gradients)
-        centre, root = _near(start, *fitted.normal())
+        return PathPosterior(prior, centre, root, surface, u, scores, acceptance, gradients)
+
+    fitted = fit(centre, root)
+    for _ in range(REFITS - 1):
+        fitted = fit(*_near((centre, root), *fitted.normal()))
     return fitted
 
 
