@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -59,13 +60,18 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+# numpy parses each header with `ast.literal_eval`, which in Python 3.11 raises SystemError now and then where two
+# threads are in it at once (https://github.com/python/cpython/issues/106905).
+_READING = threading.Lock()
+
+
 def load_npz(path: Path) -> dict[str, np.ndarray]:
     """Read every array of an `.npz` file; raise `ValueError` naming the file where it is damaged."""
     import zipfile
     import zlib
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with _READING, np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise

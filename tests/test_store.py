@@ -1,16 +1,19 @@
 """Simulations on disk: resumed after interruption, damage found and named, strangers refused."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import zarr
 
+from diffsbi._files import load_npz, write_npz
 from diffsbi.store import create_store, open_store
 
 ARRAYS = {"theta": (2,), "x": (3, 4)}
@@ -148,3 +151,18 @@ def test_wrong_arrays_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Expected arrays"):
         store.write(store.blocks[0], {"x": good["x"]})
     assert len(store.missing()) == 3
+
+
+def test_files_are_read_by_many_threads_at_once(tmp_path):
+    # a collection in the midst of numpy's parsing of a header lets another thread in: SystemError in Python 3.11
+    write_npz(tmp_path / "a.npz", {f"a{i}": np.ones((1, 3)) for i in range(10)})
+    switch, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(1)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: len(load_npz(tmp_path / "a.npz")), range(100)))
+    finally:
+        sys.setswitchinterval(switch)
+        gc.set_threshold(*thresholds)
+    assert found == [10] * 100
