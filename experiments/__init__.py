@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 __all__ = ["changed", "command_line"]
 
 
 def command_line(main: Callable[[Any, Path], None], presets: Mapping[str, Any], name: str) -> None:
-    """Parse `--preset`, `--set` and `--out`, and call `main`."""
+    """Parse `--preset`, `--set` and `--out`, and call `main`; "smoke" compiles programs without optimisation."""
     parser = argparse.ArgumentParser(prog=f"experiments.{name}")
     parser.add_argument("--preset", choices=sorted(presets), default="smoke")
     parser.add_argument(
@@ -23,6 +25,8 @@ def command_line(main: Callable[[Any, Path], None], presets: Mapping[str, Any], 
         cfg = changed(presets[arguments.preset], arguments.set)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.preset == "smoke":  # most of its time is compilation
+        jax.config.update("jax_disable_most_optimizations", True)
     main(cfg, arguments.out or Path("runs", arguments.preset, name))
 
 

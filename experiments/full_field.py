@@ -4,15 +4,14 @@ Always of a simulated LSST-Y10 map, whose truth is known. Where `DIFFSBI_DATA` n
 observation and shift table (from the package sbi_lens), also of that map, with the published shift and the correct one.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from diffsbi import pipeline
 from diffsbi.config import Config, parse_config
 from experiments import command_line
+from experiments.lensing import AXES, published_files
 
-TABLE, MAP = "lognormal_shifts_LSSTY10.npy", "lsst_y10_observation_256.npy"
 SURVEY = {"n_pix": 256, "side_deg": 10.0}
 SAMPLING = {"full_field": {"until_ess": 1000.0, "n_draws": 6000}}
 SMALL = {
@@ -23,12 +22,14 @@ SMALL = {
 }
 
 
-def published_cases(folder: str | None = os.environ.get("DIFFSBI_DATA")) -> dict[str, dict]:
+def published_cases() -> dict[str, dict]:
     """The published map with both shifts; nothing where its files are not at hand."""
-    if not folder or not all((Path(folder) / name).is_file() for name in (TABLE, MAP)):
+    try:
+        observation, table = published_files()
+    except FileNotFoundError:
         return {}
-    observed = {"file": str(Path(folder) / MAP), "axis_order": "row,column,bin"}
-    swapped = SURVEY | {"shift": "published", "shift_table": str(Path(folder) / TABLE)}
+    observed = {"file": str(observation), "axis_order": AXES}
+    swapped = SURVEY | {"shift": "published", "shift_table": str(table)}
     return {
         "published_shift": {"survey": swapped, "observation": observed},
         "correct_shift": {"survey": SURVEY, "observation": observed},

@@ -1,6 +1,7 @@
 """What experiments on lensing maps share: chains of one map, the score compression, summaries, distances."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,18 +18,25 @@ from diffsbi.diagnostics import c2st, compare_moments, figure_of_merit, sbc_rank
 from diffsbi.inference import LocalFrame
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
+from diffsbi.observation import read_map
 from diffsbi.runs import Run, start_run
 from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_posterior
 
 PAIRS = (("omega_c", "sigma_8"), ("omega_c", "w_0"), ("sigma_8", "w_0"))
 MERITS = {f"merit_{a}_{b}": f"Figure of merit {a}, {b}: share of the full field's" for a, b in PAIRS}
+TABLE, MAP, AXES = "lognormal_shifts_LSSTY10.npy", "lsst_y10_observation_256.npy", "row,column,bin"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MapConfig:
-    """One map of side `n_pix`, and the lengths of its full-field chains and of those (`n_spectrum`) of its spectra."""
+    """One map of side `n_pix`, and the lengths of its full-field chains and of those (`n_spectrum`) of its spectra.
+
+    `observation`: "simulated", or "published", the map of arXiv:2409.17975 (package sbi_lens), from the folder that
+    `DIFFSBI_DATA` names, with the shift table that it was made with.
+    """
 
     n_pix: int = 64
+    observation: str = "simulated"
     widen: float = 1.25
     ess: float = 2000.0
     n_warmup: int = 200
@@ -39,11 +47,31 @@ class MapConfig:
 
 
 def begin(cfg: MapConfig, name: str, out: Path, stages: tuple[str, ...]):
-    """The simulator, the run in `out`, a map simulated at the fiducial, and draws of its full-field posterior."""
-    sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256)
+    """The simulator, the run in `out`, a map made at the fiducial, and draws of its full-field posterior."""
+    if cfg.observation not in ("simulated", "published"):
+        raise ValueError(f"Expected observation 'simulated' or 'published'; got {cfg.observation!r}.")
+    published = published_files() if cfg.observation == "published" else None
+    options = {} if published is None else {"shift": "published", "shift_table": str(published[1])}
+    sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256, **options)
+    x = None if published is None else jnp.asarray(read_map(published[0], AXES, sim.n_bins, sim.n_pix))
     run = start_run(out, {"name": name} | dataclasses.asdict(cfg), stages)
-    x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
+    if x is None:
+        x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
     return sim, run, x, full_field_draws(cfg, sim, x, run)
+
+
+def published_files(folder: str | None = os.environ.get("DIFFSBI_DATA")) -> tuple[Path, Path]:
+    """The published observation and its shift table, files of the package sbi_lens.
+
+    Raises:
+        FileNotFoundError: If `folder` is None or does not hold both.
+    """
+    paths = Path(folder or "", MAP), Path(folder or "", TABLE)
+    if not folder or not all(path.is_file() for path in paths):
+        raise FileNotFoundError(
+            f"Expected {MAP} and {TABLE} (package sbi_lens) in the folder that DIFFSBI_DATA names; got {folder!r}."
+        )
+    return paths
 
 
 def full_field_draws(cfg: MapConfig, sim, x, run: Run) -> np.ndarray:

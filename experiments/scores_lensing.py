@@ -1,16 +1,17 @@
 """How many simulations do scores save on lensing maps? NPE and NLE, without scores and with scores of less noise.
 
-One simulated LSST-Y10 map; every posterior is compared with the converged full-field chain of that map by C2ST. Maps
-are compressed to a number for each parameter, which loses information: no posterior given these numbers comes nearer to
-the full field's than that allows. The numbers are spectra, moments and peaks by score compression at the fiducial
-(`summary="statistics"`), or, without any simulation, the marginal score at the proposal's centre, the mean over a
-short chain on the map's latents (`"marginal_score"`), or the score at the latents that two gradients find, almost as
-good on small maps (`"latent_scores"`). Or each map comes with its own normal approximation, in whose coordinates NPE
-then works: the posterior of a Gaussian field (`"field_mode"`), or that of a short path of marginal scores
-(`"path_mode"`, with momenta of each seed's own). Draws of that normal are compared by themselves. Every posterior is
-also compared with what the numbers themselves say, as NLE (NPE for frames) learns it from `n_reference` simulations
-without scores (there is no exact answer). Parameters are drawn from the prior, or from the power-spectrum posterior of
-the map (`gaussian_proposal`). Each seed has its own simulations; those of a smaller N are the first ones of a larger.
+One LSST-Y10 map, simulated or the published one; every posterior is compared with the converged full-field chain of
+that map by C2ST. Maps are compressed to a number for each parameter, which loses information: no posterior given these
+numbers comes nearer to the full field's than that allows. The numbers are spectra, moments and peaks by score
+compression at the fiducial (`summary="statistics"`), or, without any simulation, the marginal score at the proposal's
+centre, the mean over a short chain on the map's latents (`"marginal_score"`), or the score at the latents that two
+gradients find, almost as good on small maps (`"latent_scores"`). Or each map comes with its own normal approximation,
+in whose coordinates NPE then works: the posterior of a Gaussian field (`"field_mode"`), or that of a short path of
+marginal scores (`"path_mode"`, with momenta of each seed's own). Draws of that normal are compared by themselves. Every
+posterior is also compared with what the numbers themselves say, as NLE (NPE for frames) learns it from `n_reference`
+simulations without scores (there is no exact answer). Parameters are drawn from the prior, or from the power-spectrum
+posterior of the map (`gaussian_proposal`). Each seed has its own simulations; those of a smaller N are the first ones
+of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
 shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal.
@@ -114,6 +115,11 @@ PRESETS = {
     "large": Config(
         n_pix=256, summary="marginal_score", turns=30, n=(25, 50, 100, 200), n_scored=100, estimators=("NPE",),
         n_reference=505, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
+    ),
+    # The published observation with the shift that it was made with; NPE and NLE.
+    "published": Config(
+        n_pix=256, observation="published", summary="marginal_score", n=(25, 50, 100, 200), n_scored=100,
+        n_reference=505, coverage_n=(100,), n_coverage=505, ess=500.0, members=2,
     ),
 }  # fmt: skip
 

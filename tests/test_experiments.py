@@ -12,7 +12,7 @@ import pytest
 import diffsbi as ds
 from experiments import changed, command_line
 from experiments.curves import simulations_saved
-from experiments.lensing import lost
+from experiments.lensing import MapConfig, begin, lost, published_files
 
 QUICK = ("scores_lotka_volterra",)
 LONG = (
@@ -69,6 +69,14 @@ def test_simulations_saved_is_the_factor_between_two_curves():
     assert all(factor < 0.5 for factor, _, _ in worse[1:])
     with pytest.raises(ValueError, match="columns of 3 sizes"):
         simulations_saved(n, without[:, :2], better)
+
+
+def test_the_published_map_is_asked_for_by_name_and_needs_its_files(tmp_path):
+    for folder in (None, str(tmp_path)):
+        with pytest.raises(FileNotFoundError, match="lognormal_shifts_LSSTY10.npy .* DIFFSBI_DATA"):
+            published_files(folder)
+    with pytest.raises(ValueError, match="'simulated' or 'published'; got 'real'"):
+        begin(MapConfig(observation="real"), "test", tmp_path, ())
 
 
 def test_what_numbers_lose_is_the_ratio_of_exact_widths():

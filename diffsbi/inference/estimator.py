@@ -30,6 +30,7 @@ from diffsbi.inference.losses import (
     mean_nll,
     noise_level,
     prior_score,
+    unconstrained,
 )
 from diffsbi.inference.posterior import Member
 from diffsbi.inference.proposals import Proposals
@@ -238,7 +239,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
     def _columns(self, correct, theta, x, score) -> Columns:
         """Rows in unconstrained space."""
         theta, x = (jnp.asarray(a, jnp.result_type(float)) for a in (theta, x))
-        rows = {"u": self.prior.to_unconstrained(theta), "x": x}
+        rows = {"u": unconstrained(self.prior, theta), "x": x}
         if score is not None:
             of_likelihood = likelihood_score(self.prior, theta, jnp.asarray(score, jnp.result_type(float)))
             rows["score"] = self._target_score(of_likelihood, self._prior_score(theta))
@@ -249,7 +250,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
 
     def _score_warnings(self, theta, x, score) -> list[str]:
         theta, score = (jnp.asarray(a, jnp.result_type(float)) for a in (theta, score))
-        u, own = self.prior.to_unconstrained(theta), likelihood_score(self.prior, theta, score)
+        u, own = unconstrained(self.prior, theta), likelihood_score(self.prior, theta, score)
         check_finite("u in unconstrained space", u)
         check_finite("score in unconstrained space", own)
         return score_warnings(self.prior.names, u, x, own, prior_score(self.prior, theta))

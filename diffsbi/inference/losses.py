@@ -19,6 +19,13 @@ _SMALLEST_NOISE = 0.05  # of the score, in units of the standardised posterior's
 _NOISE_RATE = 5.0  # the noise level learns this many times faster than the network
 
 
+@eqx.filter_jit
+def unconstrained(prior: Prior, theta: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    """u(theta), by one program."""
+    return prior.to_unconstrained(theta)
+
+
+@eqx.filter_jit
 def likelihood_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array, "n p"]) -> Float[Array, "n p"]:
     r"""$\nabla_u \log p(x, z | \theta(u)) = J^T s$ with $s$ the joint score.
 
@@ -35,6 +42,7 @@ def likelihood_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Arra
     return jax.vmap(one)(jnp.asarray(theta), jnp.asarray(score))
 
 
+@eqx.filter_jit
 def prior_score(prior: Prior, theta: Float[Array, "n p"]) -> Float[Array, "n p"]:
     r"""$\nabla_u \log p(u)$, of the prior with its change of variables."""
     return jax.vmap(jax.grad(prior.log_prob_unconstrained))(prior.to_unconstrained(jnp.asarray(theta)))
@@ -254,6 +262,7 @@ def noise_share(batch, residual: Float[Array, "n p"]) -> Array:
     return jax.lax.stop_gradient(jnp.minimum(of[0] / jnp.maximum(of[1], jnp.finfo(residual.dtype).tiny), 1.0))
 
 
+@eqx.filter_jit
 def noise_level(key: Key, dim: int, condition_dim: int) -> eqx.nn.MLP:
     """A new `ScoredDensity.level`."""
     return zero_at_first(eqx.nn.MLP(dim + condition_dim, "scalar", 16, 1, activation=jax.nn.silu, key=key))
@@ -265,6 +274,7 @@ def zero_at_first(network: eqx.nn.MLP) -> eqx.nn.MLP:
     return eqx.tree_at(last, network, replace_fn=jnp.zeros_like)
 
 
+@eqx.filter_jit
 def first_noise(residual: Float[Array, "n p"]) -> Float[Array, "p p"]:
     r"""`ScoredDensity.noise` for the residuals of the density that training starts at.
 

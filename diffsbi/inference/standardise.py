@@ -27,16 +27,19 @@ class Standardiser(eqx.Module):
     lower: Float[Array, "p p"]
     bound: float | None = eqx.field(static=True, default=None)
 
+    @eqx.filter_jit
     def condition(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """c(x)."""
         c = (x - jnp.broadcast_to(self.x_loc, x.shape)) @ self.whiten.T
         return c if self.bound is None else self.bound * jnp.tanh(c / self.bound)
 
+    @eqx.filter_jit
     def to_standard(self, u: Float[Array, "*n p"], c: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """v(u, c)."""
         residual = u - self._mean(c)
         return solve_triangular(self.lower, residual.reshape(-1, u.shape[-1]).T, lower=True).T.reshape(residual.shape)
 
+    @eqx.filter_jit
     def from_standard(self, v: Float[Array, "*n p"], c: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """u(v, c)."""
         return v @ self.lower.T + self._mean(c)

@@ -134,7 +134,7 @@ def fit(
         f"for steps of {-(-n // batches)} rows (batch_size={batch_size}) and {held_out} validation rows at once: lower "
         "batch_size or validation_fraction, or take a smaller density."
     )
-    best, state = params, (params, params, _optimizer().init(params))
+    best, state = params, (params, params, _first_moments(params))
     # An epoch that does not move: the first value, and no second compilation.
     still = jnp.zeros(3, jnp.result_type(float))
     with explained(advice):
@@ -222,6 +222,11 @@ class _Progress:
 
 def _optimizer() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(_CLIP), optax.scale_by_adam())
+
+
+@eqx.filter_jit
+def _first_moments(params):
+    return _optimizer().init(params)
 
 
 @eqx.filter_jit

@@ -2,9 +2,8 @@ r"""The joint `log p(theta, z, x)`, written once: simulations, scores and poster
 
 import abc
 import functools
-import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -188,7 +187,7 @@ class AbstractSimulator(eqx.Module):
             n_steps: Steps between two of them; by default chosen once for `key` (`averaging_steps`).
             keep_latents: Also return the (white) latents.
             start: Number of the first row: `draw(key, 5, start=10)` gives rows 10 to 14 of `draw(key, 15)`.
-            batch_size: Most rows that are computed per call; by default what fits 256 MiB of output.
+            batch_size: Most rows that are computed per call; by default what fits 64 MiB, at most 128.
             progress: Show a progress bar.
 
         Raises:
@@ -205,23 +204,16 @@ class AbstractSimulator(eqx.Module):
         if with_score and n_average > 1:
             n_steps = self.averaging_steps(key, latents, batch_size) if n_steps is None else n_steps
             average = (n_average, n_steps)
-        row = functools.partial(
-            _draw_rows, with_score=with_score, latents=latents, average=_counts(average), keep_latents=keep_latents
-        )
-        size = _even_size(n, self._rows_that_fit() if batch_size is None else batch_size)
-        blocks, accepted = [], []
+        options = dict(with_score=with_score, latents=latents, average=average, keep_latents=keep_latents)
+        blocks = []
         with tqdm(total=n, disable=not progress, desc="simulate", unit="sim") as bar:
-            for first in range(0, n, size):
-                # The last block repeats its last row rather than be compiled anew for a shorter one.
-                index = jnp.minimum(jnp.arange(first, first + size), n - 1)
-                *block, acceptance = row(self, key, start + index, None if theta is None else theta[index])
-                blocks.append(jax.tree.map(np.asarray, block))
-                accepted.append(np.mean(acceptance))
-                bar.update(min(size, n - first))
-        out = jax.tree.map(lambda *b: jnp.asarray(np.concatenate(b)[:n]), *blocks)
-        if np.mean(accepted) < LOW_ACCEPTANCE:
+            for block in self._blocks(key, start, n, theta, batch_size, **options):
+                blocks.append(block)
+                bar.update(len(block[-1]))
+        *out, acceptance = jax.tree.map(lambda *b: jnp.asarray(np.concatenate(b)), *blocks)
+        if jnp.mean(acceptance) < LOW_ACCEPTANCE:
             warnings.warn(
-                f"The chains of latents accepted {np.mean(accepted):.0%} of their steps: the scores are unbiased "
+                f"The chains of latents accepted {jnp.mean(acceptance):.0%} of their steps: the scores are unbiased "
                 f"but hardly less noise. Try more steps than n_steps={n_steps}, or other latents than {latents!r}.",
                 stacklevel=3,
             )
@@ -232,38 +224,44 @@ class AbstractSimulator(eqx.Module):
 
         They depend on `key` and `latents` alone, and on no simulation that `draw` returns.
         """
-        key, rows = jax.random.fold_in(check_key(key), _PILOT), np.arange(16)
-        size = _even_size(len(rows), self._rows_that_fit() if batch_size is None else batch_size)
+        key, options = jax.random.fold_in(check_key(key), _PILOT), dict(latents=latents, keep_latents=False)
 
         def acceptance_with(n_steps: int) -> float:
-            row = functools.partial(
-                _draw_rows, with_score=True, latents=latents, average=_counts((2, n_steps)), keep_latents=False
-            )
-            blocks = [row(self, key, jnp.asarray(np.resize(rows[i : i + size], size)), None)[-1] for i in rows[::size]]
-            return float(np.mean(np.concatenate([np.asarray(b) for b in blocks])))
+            blocks = self._blocks(key, 0, 16, None, batch_size, with_score=True, average=(2, n_steps), **options)
+            return float(np.mean(np.concatenate([acceptance for *_, acceptance in blocks])))
 
         return best_steps(acceptance_with)
 
-    def _rows_that_fit(self, budget: int = 2**28) -> int:
-        _, z, x = draw_shapes(self)
-        return int(max(1, min(128, budget // (4 * (z.size + x.size)))))
+    def _blocks(self, key, start, n, theta, batch_size, *, average, **options) -> Iterator[list]:
+        """(theta, z, x, score, latents, acceptance) of n rows, block by block.
+
+        Blocks are always of one size, of which the last is not filled: no n is compiled anew, nor are other `average`.
+        """
+        shapes = draw_shapes(self)
+        fit = _rows_that_fit(shapes)
+        size = fit if batch_size is None else min(batch_size, max(n, fit))
+        if size < 1:
+            raise ValueError(f"Expected batch_size >= 1; got {batch_size}.")
+        options |= dict(average=None if average is None else jnp.asarray(average), shapes=shapes, size=size)
+        for first in range(0, n, size):
+            count = min(size, n - first)
+            number = jnp.asarray(start + first)
+            if theta is None:
+                of_rows = _theta_of_rows(self.prior, key, number, size)
+            else:
+                of_rows = theta[np.minimum(np.arange(first, first + size), n - 1)]
+            rows = _draw_rows(self, key, number, jnp.asarray(count), of_rows, **options)
+            yield jax.tree.map(lambda a, count=count: np.asarray(a)[:count], rows)
 
 
-def _counts(average: tuple[int, int] | None) -> Array | None:
-    """As an array: another number of draws or steps needs no other compiled function."""
-    return None if average is None else jnp.asarray(average)
+def _rows_that_fit(shapes, budget: int = 2**26) -> int:
+    _, z, x = shapes
+    return int(max(1, min(128, budget // (4 * (z.size + x.size)))))
 
 
 def _check_average(n_average: int, n_steps: int) -> None:
     if n_average < 1 or n_steps < 1:
         raise ValueError(f"Expected n_average >= 1 and n_steps >= 1; got {n_average} and {n_steps}.")
-
-
-def _even_size(n: int, largest: int) -> int:
-    """Rows per block so that all blocks are of one size (to a row) and none exceeds `largest`."""
-    if largest < 1:
-        raise ValueError(f"Expected batch_size >= 1; got {largest}.")
-    return math.ceil(n / math.ceil(n / largest))
 
 
 def _rows_of_theta(prior: Prior, theta, n: int) -> Array:
@@ -275,13 +273,20 @@ def _rows_of_theta(prior: Prior, theta, n: int) -> Array:
 
 
 @eqx.filter_jit
-def _draw_rows(sim, key, index, theta, *, with_score, latents, average, keep_latents):
-    """Rows one after the other (`lax.map`): bit for bit the same rows in every batch size."""
+def _theta_of_rows(prior, key, start, size):
+    """What `draw_one` draws from the prior for these rows: with theta given, it is one program in either case."""
+    at_least_two = jnp.arange(max(size, 2))  # a loop of one is unrolled and compiled differently, to other last bits
+    keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(key, start + k), 3)[0])(at_least_two)
+    return jax.lax.map(prior.sample, keys)[:size]
 
-    def row(args):
-        i, t = args
-        key_row = jax.random.fold_in(key, i)
-        t, z, x = sim.draw_one(key_row, t)
+
+@eqx.filter_jit
+def _draw_rows(sim, key, start, count, theta, *, with_score, latents, average, keep_latents, shapes, size):
+    """The first `count` of `size` rows, one after the other: bit for bit the same rows in every batch size."""
+
+    def row(k):
+        key_row = jax.random.fold_in(key, start + k)
+        t, z, x = sim.draw_one(key_row, theta[k])
         score, acceptance = None, jnp.ones(())
         if with_score and average is None:
             score = sim.score(t, z, x, latents=latents)
@@ -290,13 +295,14 @@ def _draw_rows(sim, key, index, theta, *, with_score, latents, average, keep_lat
             score, acceptance = average_score(
                 sim, t, z, x, key_chain, latents=latents, n_average=average[0], n_steps=average[1]
             )
-        return t, x, score, z if keep_latents else None, acceptance
+        return [t, x, score, z if keep_latents else None, acceptance]  # as `rows` below
 
-    # A loop of one row is unrolled and compiled differently, to other last bits: such a row is computed twice.
-    n = len(index)
-    at_least_two = jnp.arange(max(n, 2)) % n
-    rows = jax.lax.map(row, (index[at_least_two], None if theta is None else theta[at_least_two]))
-    return jax.tree.map(lambda a: a[:n], rows)
+    of_theta, of_z, of_x = shapes
+    empty = lambda of: jnp.zeros((size, *of.shape), of.dtype)  # noqa: E731
+    score, latents_of_rows = empty(of_theta) if with_score else None, empty(of_z) if keep_latents else None
+    rows = [theta, empty(of_x), score, latents_of_rows, jnp.zeros(size)]
+    set_row = lambda k, rows: jax.tree.map(lambda a, of_row: a.at[k].set(of_row), rows, row(k))  # noqa: E731
+    return jax.lax.fori_loop(0, count, set_row, rows)
 
 
 def draw_shapes(sim: AbstractSimulator) -> tuple[Any, Any, Any]:
