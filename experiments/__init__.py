@@ -3,17 +3,17 @@
 import argparse
 import ast
 import dataclasses
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
 
 __all__ = ["changed", "command_line"]
 
 
 def command_line(main: Callable[[Any, Path], None], presets: Mapping[str, Any], name: str) -> None:
-    """Parse `--preset`, `--set` and `--out`, and call `main`; "smoke" compiles programs without optimisation."""
+    """Parse `--preset`, `--set` and `--out`, and call `main`; "smoke" compiles with little optimisation."""
     parser = argparse.ArgumentParser(prog=f"experiments.{name}")
     parser.add_argument("--preset", choices=sorted(presets), default="smoke")
     parser.add_argument(
@@ -25,8 +25,9 @@ def command_line(main: Callable[[Any, Path], None], presets: Mapping[str, Any], 
         cfg = changed(presets[arguments.preset], arguments.set)
     except ValueError as error:
         parser.error(str(error))
-    if arguments.preset == "smoke":  # most of its time is compilation
-        jax.config.update("jax_disable_most_optimizations", True)
+    if arguments.preset == "smoke" and "DIFFSBI_COMPILE" not in os.environ:
+        # Most of its time is compilation. XLA has read its flags by now: once more from the beginning, with others.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"DIFFSBI_COMPILE": "quick"})
     main(cfg, arguments.out or Path("runs", arguments.preset, name))
 
 

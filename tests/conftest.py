@@ -8,17 +8,11 @@ import threading
 from importlib.metadata import version
 from pathlib import Path
 
-# The suite's time is mostly compilation. These flags more than halve that of large programs (the gradient of a map in
-# theta: 19 s to 8 s). Only for releases known to have the flags (XLA aborts on an unknown one); a value of the user's,
-# also an empty one, is kept.
-if version("jaxlib").startswith("0.10."):
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1 "
-        "--xla_cpu_parallel_codegen_split_count=1",  # one piece: the workers share the cores
-    )
-# Nor is there any optimisation, but for tests marked `optimised` (see below); subprocesses inherit that.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The suite's time is mostly compilation: hardly anything is optimised, but for tests marked `optimised` (see below).
+# Subprocesses inherit that.
+os.environ.setdefault("DIFFSBI_COMPILE", "quick")
+if version("jaxlib").startswith("0.10."):  # XLA aborts on a flag that it does not know
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")  # one piece: workers share the cores
 
 import jax  # noqa: E402  (after the flags)
 import matplotlib
