@@ -140,7 +140,7 @@ def test_draw_leaves_out_what_is_not_asked_for(sources):
     assert len(draws) == 3 and draws.names == sources.names == ("slope", "level")
 
 
-def test_blocks_share_one_compilation(x64):
+def test_all_numbers_of_rows_share_one_compilation(x64):
     traces = []
 
     class Counting(Sources):
@@ -148,14 +148,18 @@ def test_blocks_share_one_compilation(x64):
             traces.append(1)
             return dist.Normal(jnp.outer(jnp.ones(3), jnp.tanh(theta[0] * z)), 0.3).to_event(2)
 
-    draw = lambda n: Counting().draw(jax.random.key(0), n, batch_size=4)  # noqa: E731
-    draw(4)
+    draw = lambda n, *theta, **settings: Counting().draw(jax.random.key(0), n, *theta, **settings)  # noqa: E731
+    drawn = draw(4)
     once = len(traces)
-    draw(4 * 9)
+    assert len(draw(1).x) == 1 and len(draw(300).x) == 300
+    given = draw(4, drawn.theta)
     assert len(traces) == once
-    assert len(draw(7).x) == 7
-    # Blocks of 4 and 3 rows would have to be compiled twice.
-    assert len(traces) == once
+    np.testing.assert_array_equal(given.x, drawn.x)
+    np.testing.assert_array_equal(draw(4, drawn.theta[0]).x[0], drawn.x[0])
+    assert len(draw(7, batch_size=4).x) == 7
+    in_fours = len(traces)
+    draw(9, drawn.theta[0], batch_size=4)
+    assert once < len(traces) == in_fours
 
 
 def test_shapes_are_those_of_a_draw_and_traced_once_for_one_structure(x64):
