@@ -249,7 +249,7 @@ class AbstractSimulator(eqx.Module):
             if theta is None:
                 of_rows = _theta_of_rows(self.prior, key, number, size)
             else:
-                of_rows = theta[np.minimum(np.arange(first, first + size), n - 1)]
+                of_rows = jnp.asarray(theta[np.minimum(np.arange(first, first + size), n - 1)])
             rows = _draw_rows(self, key, number, jnp.asarray(count), of_rows, **options)
             yield jax.tree.map(lambda a, count=count: np.asarray(a)[:count], rows)
 
@@ -264,12 +264,12 @@ def _check_average(n_average: int, n_steps: int) -> None:
         raise ValueError(f"Expected n_average >= 1 and n_steps >= 1; got {n_average} and {n_steps}.")
 
 
-def _rows_of_theta(prior: Prior, theta, n: int) -> Array:
-    theta = jnp.asarray(theta, jnp.result_type(float))
+def _rows_of_theta(prior: Prior, theta, n: int) -> np.ndarray:
+    theta = np.asarray(theta, jnp.result_type(float))
     if theta.shape not in ((prior.dim,), (n, prior.dim)):
         raise ValueError(f"Expected theta with shape ({prior.dim},) or ({n}, {prior.dim}); got {theta.shape}.")
     prior.check(theta)
-    return jnp.broadcast_to(theta, (n, prior.dim))
+    return np.broadcast_to(theta, (n, prior.dim))
 
 
 @eqx.filter_jit
