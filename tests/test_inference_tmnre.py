@@ -54,6 +54,29 @@ def test_the_box_shrinks_and_holds_the_posterior(linear, done):
     assert out.prior.in_support(out[linear.names].sample(jax.random.key(1), 500)).all()
 
 
+def test_simulations_are_kept_in_a_folder_that_refuses_another_call(linear, tmp_path, monkeypatch):
+    x = linear.draw(jax.random.key(9), 1, with_score=False).x[0]
+    settings = dict(marginals=["theta_1"], n_rounds=1, n_per_round=30, block_size=10, folder=tmp_path)
+    settings |= dict(options=NETWORK, fit={"members": 1, "max_epochs": 2})
+    made, draw = [], type(linear).draw
+
+    def counted(*arguments, **options):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(options["start"])
+        return draw(*arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(type(linear), "draw", counted)
+        ds.truncated_marginals(linear, x, jax.random.key(1), **settings)
+    assert made == [0, 10]
+    resumed = ds.truncated_marginals(linear, x, jax.random.key(1), **settings)
+    whole = ds.truncated_marginals(linear, x, jax.random.key(1), **(settings | dict(folder=None)))
+    np.testing.assert_allclose(resumed.bounds, whole.bounds, rtol=1e-3)
+    with pytest.raises(ValueError, match="another configuration|other"):
+        ds.truncated_marginals(linear, x + 1, jax.random.key(1), **settings)
+
+
 @pytest.mark.parametrize(
     "whole, low, high",
     [

@@ -127,7 +127,7 @@ def rounds(
         raise ValueError(f"Expected an estimator without simulations for {which}=...; it has {len(estimator)}.")
     x, latents = jnp.asarray(x, jnp.result_type(float)), sim.best_latents(latents)
     scores = dict(with_score=with_score, latents=latents, n_average=n_average)
-    files = _Files(folder, block_size, progress, sim, scores, x, check_key(key))
+    files = RoundFiles(folder, block_size, progress, sim, scores, x, check_key(key))
     summary = jnp.ravel if summary is None else summary
     fitted = estimator
     parts: list[_Part] = []
@@ -193,7 +193,7 @@ def _with(estimator: Estimator, parts: list[_Part], data: list[np.ndarray]) -> E
 
 
 @dataclasses.dataclass(frozen=True)
-class _Files:
+class RoundFiles:
     """Simulates and summarises, block by block, in stores within `folder` where there is one."""
 
     folder: str | Path | None

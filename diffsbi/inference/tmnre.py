@@ -1,6 +1,7 @@
 r"""Truncated marginal neural ratio estimation: marginal posteriors, simulated only where they are not negligible."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,7 @@ import numpy as np
 from diffsbi._types import Array, Key, check_key, check_names
 from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.nre import NRE
+from diffsbi.inference.rounds import RoundFiles
 from diffsbi.prior import Prior
 
 _GRID = 1000
@@ -54,10 +56,14 @@ def truncated_marginals(
     summary: Callable[[Array], Array] | None = None,
     with_score: bool = True,
     latents: str | None = None,
+    n_average: int = 1,
     threshold: float = 1e-4,
     shrink: float = 0.8,
     options: dict[str, Any] | None = None,
     fit: dict[str, Any] | None = None,
+    folder: str | Path | None = None,
+    block_size: int = 50,
+    progress: bool = False,
 ) -> Marginals:
     r"""TMNRE of p(theta_a | x) and of joint marginals, for one observation.
 
@@ -79,13 +85,18 @@ def truncated_marginals(
         summary: Data of one simulation → `(d,)`; by default the flattened data.
         with_score: Whether scores are used.
         latents: Latent coordinate of the scores; by default "whitened" where the simulator offers it.
+        n_average: Draws of the latents that a score is averaged over.
         threshold: Likelihood ratio to the best value below which a parameter's value is left out.
         shrink: Stop when a round leaves more than this fraction of the box's prior mass.
         options: Keywords of `NRE`.
         fit: Keywords of its `fit`.
+        folder: Where summaries of the simulations are kept, block by block; the same call goes on from there.
+        block_size: Rows of a block.
+        progress: Show a bar for each round.
 
     Raises:
-        ValueError: For numbers out of range or unknown names.
+        ValueError: For numbers out of range, unknown names, or a folder of another call.
+        OSError: If the disk is full.
 
     Reference: Miller et al. 2021, arXiv:2107.01214.
     """
@@ -96,16 +107,18 @@ def truncated_marginals(
     groups = _groups(names, marginals)
     summary = jnp.ravel if summary is None else summary
     latents = sim.best_latents(latents)
-    observed = summary(jnp.asarray(x))
+    x = jnp.asarray(x, jnp.result_type(float))
+    observed = summary(x)
+    scores = dict(with_score=with_score, latents=latents, n_average=n_average)
+    files = RoundFiles(folder, block_size, progress, sim, scores, x, check_key(key))
     prior, rows, bounds, reason, simulations = sim.prior, None, [], "n_rounds reached", 0
-    *keys, key_last = jax.random.split(check_key(key), n_rounds + 1)
+    *keys, key_last = jax.random.split(key, n_rounds + 1)
     arguments: dict[str, Any] = dict(options=options or {}, fit=fit or {})
-    for key_round in keys:
+    for r, key_round in enumerate(keys):
         key_theta, key_draw, key_fit = jax.random.split(key_round, 3)
         theta = prior.sample(key_theta, (n_per_round,))
-        draws = sim.draw(key_draw, n_per_round, theta, with_score=with_score, latents=latents)
-        new = (draws.theta, jax.lax.map(summary, draws.x), draws.score)
-        rows = _joined(rows, new)
+        part = files.simulations(r, theta, key_draw, summary)
+        rows = _joined(rows, (part.theta, part.x, part.score))
         simulations += n_per_round
         fitted = [_fit(prior, (name,), rows, key_fit, **arguments) for name in names]
         box = [_interval(posterior, observed, threshold) for posterior in fitted]
@@ -163,7 +176,7 @@ def _mass(prior: Prior, i: int, low: float, high: float) -> float:
 def _joined(rows, new):
     if rows is None:
         return new
-    return tuple(None if b is None else jnp.concatenate([a, b]) for a, b in zip(rows, new, strict=True))
+    return tuple(None if b is None else np.concatenate([a, b]) for a, b in zip(rows, new, strict=True))
 
 
 def _inside(prior: Prior, rows):
