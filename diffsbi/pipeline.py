@@ -189,13 +189,13 @@ class Analysis:
         settings = self.config.simulations
         if settings.n_average == 1:
             return None
-        return self.sim.averaging_steps(self.run.key("simulations"), settings.latents, settings.block_size)
+        return self.sim.averaging_steps(self.run.key("simulations"), settings.latents)
 
     def _simulate_block(self, block: Block) -> dict[str, np.ndarray]:
         settings = self.config.simulations
         options: dict[str, Any] = {"latents": settings.latents, "n_average": settings.n_average}
         key, options["n_steps"] = self.run.key("simulations"), self._averaging_steps
-        draws = self.sim.draw(key, len(block), start=block.start, batch_size=len(block), **options)
+        draws = self.sim.draw(key, len(block), start=block.start, **options)
         rows = {"theta": draws.theta, "score": draws.score, "statistics": _over_rows(self.statistics, draws.x)}
         if settings.keep_maps:
             rows["x"] = draws.x

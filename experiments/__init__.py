@@ -13,7 +13,7 @@ __all__ = ["changed", "command_line"]
 
 
 def command_line(main: Callable[[Any, Path], None], presets: Mapping[str, Any], name: str) -> None:
-    """Parse `--preset`, `--set` and `--out`, and call `main`; "smoke" compiles with little optimisation."""
+    """Parse `--preset`, `--set` and `--out`, and call `main`; "smoke" as it is compiles with little optimisation."""
     parser = argparse.ArgumentParser(prog=f"experiments.{name}")
     parser.add_argument("--preset", choices=sorted(presets), default="smoke")
     parser.add_argument(
@@ -25,8 +25,10 @@ def command_line(main: Callable[[Any, Path], None], presets: Mapping[str, Any], 
         cfg = changed(presets[arguments.preset], arguments.set)
     except ValueError as error:
         parser.error(str(error))
-    if arguments.preset == "smoke" and "DIFFSBI_COMPILE" not in os.environ:
+    started_so = sys.orig_argv[1:3] == ["-m", f"experiments.{name}"] and os.name == "posix"
+    if arguments.preset == "smoke" and not arguments.set and started_so and "DIFFSBI_COMPILE" not in os.environ:
         # Most of its time is compilation. XLA has read its flags by now: once more from the beginning, with others.
+        print("DIFFSBI_COMPILE=quick: a quick look, with little optimisation", flush=True)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"DIFFSBI_COMPILE": "quick"})
     main(cfg, arguments.out or Path("runs", arguments.preset, name))
 

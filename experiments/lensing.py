@@ -54,7 +54,8 @@ def begin(cfg: MapConfig, name: str, out: Path, stages: tuple[str, ...]):
     options = {} if published is None else {"shift": "published", "shift_table": str(published[1])}
     sim = ds.lsst_y10(n_pix=cfg.n_pix, side_deg=cfg.n_pix * 10 / 256, **options)
     x = None if published is None else jnp.asarray(read_map(published[0], AXES, sim.n_bins, sim.n_pix))
-    run = start_run(out, {"name": name} | dataclasses.asdict(cfg), stages)
+    complete = lambda old: {"observation": "simulated"} | dict(old)  # noqa: E731  (runs of older versions)
+    run = start_run(out, {"name": name} | dataclasses.asdict(cfg), stages, complete=complete)
     if x is None:
         x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
     return sim, run, x, full_field_draws(cfg, sim, x, run)

@@ -73,8 +73,13 @@ def test_simulations_are_kept_in_a_folder_that_refuses_another_call(linear, tmp_
     resumed = ds.truncated_marginals(linear, x, jax.random.key(1), **settings)
     whole = ds.truncated_marginals(linear, x, jax.random.key(1), **(settings | dict(folder=None)))
     np.testing.assert_allclose(resumed.bounds, whole.bounds, rtol=1e-3)
-    with pytest.raises(ValueError, match="another configuration|other"):
-        ds.truncated_marginals(linear, x + 1, jax.random.key(1), **settings)
+    for other, message in (
+        (dict(summary=lambda x: -x), "its first simulation is another"),
+        (dict(with_score=False), "configuration"),
+        (dict(block_size=0), "block_size >= 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ds.truncated_marginals(linear, x, jax.random.key(1), **(settings | other))
 
 
 @pytest.mark.parametrize(

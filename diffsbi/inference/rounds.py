@@ -217,9 +217,19 @@ class RoundFiles:
 
         shape = self.x.shape if summary is None else jax.eval_shape(summary, self.x).shape
         shapes = dict(theta=theta.shape[1:], x=shape) | ({"score": theta.shape[1:]} if options["with_score"] else {})
-        rows = self._rows(f"round {r + 1} simulations", len(theta), shapes, make)
+        what = f"round {r + 1} simulations"
+        kept = self.folder is not None and self._store(what).exists()
+        rows = self._rows(what, len(theta), shapes, make)
         if not np.allclose(rows["theta"], theta, rtol=1e-3):
             raise ValueError(f"Expected {self.folder} to hold round {r + 1} of this call; its theta are others.")
+        if kept:  # by the same simulator, and with the same summary?
+            x = self.sim.draw(key, 1, jnp.asarray(theta[:1]), start=0, with_score=False).x
+            own = np.asarray(x if summary is None else _summarised(summary, x), float)
+            if not np.allclose(rows["x"][:1], own, rtol=1e-3, atol=1e-3 * np.abs(own).max()):
+                raise ValueError(
+                    f"Expected {self.folder} to hold round {r + 1} of this call; its first simulation is another "
+                    "(has the simulator or the summary changed?)."
+                )
         return _Part(rows["theta"], rows["x"], rows.get("score"), np.ones(len(theta), bool))
 
     def summaries(self, r: int, summary: Summary, parts: list[_Part]) -> list[np.ndarray]:
@@ -233,6 +243,9 @@ class RoundFiles:
         t = self._rows(f"round {r + 1} summaries", len(x), shapes, make)["t"]
         return np.split(t, np.cumsum([len(part.x) for part in parts])[:-1])
 
+    def _store(self, what: str) -> Path:
+        return Path(self.folder or "") / what.replace(" ", "_")
+
     def _rows(self, what: str, n: int, shapes, make: Callable[[int, int], dict[str, Array]]) -> dict[str, np.ndarray]:
         if self.folder is None:
             size = self.block_size if self.progress else n
@@ -242,8 +255,8 @@ class RoundFiles:
         words = jax.random.key_data(self.key).tolist()
         config = self.scores | dict(key=words, observed=hashlib.sha256(np.asarray(self.x).tobytes()).hexdigest())
         store = create_store(
-            Path(self.folder) / what.replace(" ", "_"), config=config, seed=words[-1], names=self.sim.names, n=n,
-            arrays=shapes, block_size=self.block_size, dtype=str(self.x.dtype),
+            self._store(what), config=config, seed=words[-1], names=self.sim.names, n=n,
+            arrays=shapes, block_size=self.block_size, dtype=str(jnp.result_type(float)),
         )  # fmt: skip
         for block in store.each_missing(self.progress, what):
             store.write(block, {name: np.asarray(a) for name, a in make(block.start, len(block)).items()})

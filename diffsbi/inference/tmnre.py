@@ -103,11 +103,13 @@ def truncated_marginals(
     if n_rounds < 1 or n_per_round < 1 or not 0 < threshold < 1 or not 0 < shrink <= 1:
         got = f"{n_rounds}, {n_per_round}, {threshold} and {shrink}"
         raise ValueError(f"Expected n_rounds, n_per_round >= 1, threshold in (0, 1), shrink in (0, 1]; got {got}.")
+    if block_size < 1:
+        raise ValueError(f"Expected block_size >= 1; got {block_size}.")
     names = sim.prior.names
     groups = _groups(names, marginals)
     summary = jnp.ravel if summary is None else summary
     latents = sim.best_latents(latents)
-    x = jnp.asarray(x, jnp.result_type(float))
+    x = jnp.asarray(x)
     observed = summary(x)
     scores = dict(with_score=with_score, latents=latents, n_average=n_average)
     files = RoundFiles(folder, block_size, progress, sim, scores, x, check_key(key))

@@ -152,7 +152,7 @@ class AbstractSimulator(eqx.Module):
         return jax.grad(lambda t: density(t, xi, x, latents=latents))(jnp.asarray(theta))
 
     def draw_one(self, key: Key, theta: Float[Array, " p"] | None = None) -> tuple[Array, Array, Array]:
-        """(theta, z, x) of one draw from the joint, or at the given theta."""
+        """(theta, z, x) of one draw from the joint, or at the given theta (`draw` always gives it)."""
         key_theta, key_z, key_x = jax.random.split(key, 3)
         theta = self.prior.sample(key_theta) if theta is None else theta
         state = self.setup(theta)
