@@ -18,9 +18,8 @@ def avoid_faults() -> None:
     (github.com/jax-ml/jax/issues/39257). It happens under `vmap` of `jacfwd` of the maps' statistics. A choice of the
     user's in XLA_FLAGS is kept. XLA reads the flags once: of no use where JAX has computed something before.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if version("jaxlib") in FAULTY and FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {FLAG}=".strip()
+    if version("jaxlib") in FAULTY:
+        _add_flags(f"{FLAG}=")
 
 
 def compile_quickly() -> None:
@@ -35,11 +34,16 @@ def compile_quickly() -> None:
     if choice != "quick":
         return
     if version("jaxlib").startswith(QUICK_RELEASES):
-        flags = os.environ.get("XLA_FLAGS", "")
-        missing = [flag for flag in QUICK if flag.partition("=")[0] not in flags]
-        os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+        _add_flags(*QUICK)
     if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _add_flags(*flags: str) -> None:
+    """To XLA_FLAGS, but for those that it has with any value."""
+    there = os.environ.get("XLA_FLAGS", "")
+    if missing := [flag for flag in flags if flag.partition("=")[0] not in there]:
+        os.environ["XLA_FLAGS"] = " ".join([there, *missing]).strip()
 
 
 compile_quickly()

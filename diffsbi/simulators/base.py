@@ -233,9 +233,9 @@ class AbstractSimulator(eqx.Module):
         return best_steps(acceptance_with)
 
     def _blocks(self, key, start, n, theta, batch_size, *, average, **options) -> Iterator[list]:
-        """(theta, z, x, score, latents, acceptance) of n rows, block by block.
+        """[theta, x, score, latents, acceptance] of n rows, block by block.
 
-        Blocks are always of one size, of which the last is not filled: no n is compiled anew, nor are other `average`.
+        Blocks are of one size, of which the last is not filled: within that no n is compiled anew, nor other `average`.
         """
         shapes = draw_shapes(self)
         fit = _rows_that_fit(shapes)
