@@ -208,7 +208,7 @@ def curves(
         for i, (name, level) in enumerate(levels.items()):
             axis.axhline(level, color="0.4", lw=0.8, ls=("--", ":", "-.")[i % 3], label=name)
         axis.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
-        axis.legend()
+        figure.legend(loc="outside upper center", ncols=3) if ticks else axis.legend()
         places = list(range(len(ticks))) or sorted({row[1] for row in rows})
         if ticks or (log_x and len(places) < 10 and all(b > 1.1 * a for a, b in zip(places, places[1:], strict=False))):
             axis.set_xticks(places, ticks or [f"{x:g}" for x in places])
