@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flowjax.bijections import MaskedAutoregressive
+from paramax import unwrap
 
 from diffsbi.flows import FLOWS, NOT_SMOOTH, AngularFlow, LogisticRamps, is_smooth
 from diffsbi.flows.affine import ConditionalAffine, with_linear_part
@@ -61,6 +63,19 @@ def test_round_trip_and_log_det(x64, name, dim, condition_dim):
     np.testing.assert_allclose(back, v, atol=tolerance)
     np.testing.assert_allclose(forward, -backward, atol=tolerance)
     np.testing.assert_allclose(backward, autodiff, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["smooth", "masked_autoregressive"])
+@pytest.mark.parametrize(("dim", "condition_dim"), [(3, 2), (3, None), (1, 2)])
+def test_inverse_of_one_coordinate_at_a_time_equals_that_of_all(x64, name, dim, condition_dim):
+    bijection, c = make(name, dim, condition_dim).bijection.bijection.bijection, condition_of(condition_dim)
+    layer = unwrap(jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, bijection))
+    layer = layer if dim == 1 else layer.bijections[0]
+    u = jax.random.normal(jax.random.key(2), (dim,))
+    ours, theirs = layer.inverse_and_log_det(u, c), MaskedAutoregressive.inverse_and_log_det(layer, u, c)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-13)
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-13)
+    assert not np.allclose(ours[0], u)
 
 
 @pytest.mark.parametrize(

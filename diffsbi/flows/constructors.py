@@ -19,7 +19,6 @@ from flowjax.bijections import (
     Coupling,
     Flip,
     Invert,
-    MaskedAutoregressive,
     Permute,
     RationalQuadraticSpline,
     Scan,
@@ -29,6 +28,7 @@ from flowjax.distributions import AbstractDistribution, StandardNormal, Transfor
 from paramax import Parameterize
 
 from diffsbi._types import Key, check_key, check_names
+from diffsbi.flows.autoregressive import Autoregressive
 from diffsbi.flows.ramps import LogisticRamps
 
 FIRST_OUTPUTS = 0.02  # a network's last layer is scaled by this, so that a new density is near a standard normal
@@ -176,7 +176,7 @@ def _build(key, dim, condition_dim, transformer, size, kind, layers, width, dept
         key_network, key_permutation = jax.random.split(key)
         shared = {"transformer": transformer, "dim": dim, "cond_dim": condition_dim, **network}
         if kind == "autoregressive":
-            bijection = MaskedAutoregressive(key_network, **shared)
+            bijection = Autoregressive(key_network, **shared)
             last = _last_of_autoregressive
         else:
             bijection = Coupling(key_network, untransformed_dim=dim // 2, **shared)

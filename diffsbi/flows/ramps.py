@@ -116,6 +116,8 @@ def _invert_mixture(ramps, y: Array) -> Array:
         newton = x - (value - y) * jnp.exp(-log_slope)
         good = (newton >= low) & (newton <= high) & (jnp.abs(newton - x) < 0.5 * jnp.abs(last))
         new = jnp.where(good, newton, 0.5 * (low + high))
+        # Where only rounding is left, steps need not become small.
+        new = jnp.where(jnp.abs(value - y) <= tolerance * (1 + jnp.abs(y)), x, new)
         return new, low, high, new - x, i + 1
 
     low, high = jnp.min(nodes), jnp.max(nodes)

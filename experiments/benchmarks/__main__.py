@@ -1,6 +1,7 @@
 """Speed of the simulator, its scores and its joint, beside the Fourier transforms that it needs at least.
 
-And time and memory of a gradient that trains a network on maps, beside those of its convolutions alone.
+And time and memory of a gradient that trains a network on maps, beside those of its convolutions alone; and draws from
+each conditional density beside the passes of its network that they need at least.
 
 Run by `make bench`. Times are medians of single calls, warm, float32, in one process; compilation is timed in
 processes of their own, with an empty and with a filled persistent cache.
@@ -22,6 +23,7 @@ import diffsbi as ds
 from diffsbi.compression import MapNetwork, fit_compressor, torus_symmetry
 from diffsbi.compression.losses import LOSSES
 from diffsbi.compression.networks import folded, halved
+from diffsbi.flows import FLOWS
 
 SIZES = {"64² × 5, 5°": (64, 5.0), "256² × 5, 10°": (256, 10.0)}
 
@@ -128,6 +130,16 @@ def measure_training(n_pix: int, batch: int = 16) -> dict[str, tuple[float, int]
     return found
 
 
+def measure_densities(n: int = 10_000, dim: int = 6) -> dict[str, tuple[float, float]]:
+    """Median seconds of n log-densities and of n draws, under one condition, of each density in six dimensions."""
+    key, condition = jax.random.key(0), jnp.zeros(dim)
+    theta = jax.random.normal(key, (n, dim))
+    density = eqx.filter_jit(lambda flow, theta: flow.log_prob(theta, condition))
+    draws = eqx.filter_jit(lambda flow, key: flow.sample(key, (n,), condition))
+    flows = {name: build(key, dim, dim) for name, build in FLOWS.items()}
+    return {name: (median_time(density, f, theta), median_time(draws, f, key)) for name, f in flows.items()}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--compile"]:
         print(json.dumps(compile_gradient(*SIZES[sys.argv[2]])))
@@ -148,6 +160,9 @@ def main() -> None:
     print(f"{'MapNetwork, 16 maps of 256² × 5':34}{'ms':>9}{'MiB':>9}")
     for name, (seconds, size) in measure_training(256).items():
         print(f"  {name:32}{1e3 * seconds:9.1f}{size / 2**20:9.0f}", flush=True)
+    print(f"\n{'10 000 rows of a density, 6-d':34}{'log q, ms':>12}{'draws, ms':>12}{'ratio':>9}")
+    for name, (density, draws) in measure_densities().items():
+        print(f"  {name:32}{1e3 * density:12.1f}{1e3 * draws:12.1f}{draws / density:9.1f}", flush=True)
 
 
 if __name__ == "__main__":
