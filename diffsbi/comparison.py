@@ -16,6 +16,8 @@ METHODS = {
     "full_field": "Full field",
 }
 REFERENCE = "full_field"
+_LEVEL = 0.01  # rate of false alarms that an observation is unlike the simulations
+_LEAST_TO_TEST = 100
 
 __all__ = [
     "METHODS", "REFERENCE", "compare_posteriors", "dropped", "outside_training", "prior_bounds", "unconverged",
@@ -86,14 +88,18 @@ def dropped(n: int) -> list[str]:
 
 
 def outside_training(names, observed, t) -> list[str]:
-    """A warning for every observed summary beyond those of the training simulations."""
+    """A warning for every observed summary beyond those of the training simulations, and where all together are far."""
     low, high = t.min(0), t.max(0)
-    return [
+    found = [
         f"summary of {name}: the observed {value:.4g} lies outside the simulated range [{a:.4g}, {b:.4g}]; "
         "the neural posterior extrapolates there."
         for name, value, a, b in zip(names, observed, low, high, strict=True)
         if not a <= value <= b
     ]
+    if len(t) < _LEAST_TO_TEST:
+        return found
+    together = diagnostics.misspecification(t, observed, names=[f"summary of {name}" for name in names], level=_LEVEL)
+    return found + [together.warning] * together.misspecified
 
 
 def prior_bounds(prior: Prior) -> dict[str, list[float | None]]:

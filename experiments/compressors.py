@@ -70,7 +70,7 @@ PRESETS = {
     "smoke": Config(
         n_pix=16, compressors=("imnn", "hybrid", "wavelets", "marginal_score"), n=(240,), n_inference=60, n_test=40,
         seeds=1, channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
-        ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
+        ess=20, n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
 }  # fmt: skip

@@ -31,7 +31,7 @@ class Config(MapConfig):
 
 
 PRESETS = {
-    "smoke": Config(n_pix=16, n=60, turns=(4, 6), ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20),
+    "smoke": Config(n_pix=16, n=60, turns=(4, 6), ess=20, n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10),
     "paper": Config(),
     "large": Config(n_pix=256, n=300, ess=1000.0),
 }

@@ -38,8 +38,8 @@ class Config(MapConfig):
 
 PRESETS = {
     "smoke": Config(
-        n_pix=16, n_points=(24,), chains=((20, 20),), seeds=1, n_samples=200, ess=20, n_warmup=60, n_draws=60,
-        n_chains=2, n_spectrum=150,
+        n_pix=16, n_points=(24,), chains=((20, 20),), seeds=1, n_samples=200, ess=20, n_warmup=20, n_draws=40,
+        n_chains=2, n_spectrum=40,
     ),
     "paper": Config(),
     "large": Config(n_pix=256, ess=1000.0),

@@ -83,9 +83,9 @@ class Config(MapConfig):
 
 PRESETS = {
     "smoke": Config(
-        n_pix=16, summary="marginal_score", n=(20,), n_scored=20, seeds=1, estimators=("NPE",),
-        scores=(("whitened", 2),), n_reference=100, coverage_n=(20,), n_coverage=20, n_samples=200, members=1, ess=20,
-        n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
+        n_pix=16, summary="marginal_score", turns=4, n=(20,), n_scored=20, seeds=1, estimators=("NPE",),
+        scores=(("whitened", 2),), n_reference=60, coverage_n=(20,), n_coverage=20, n_samples=200, members=1, ess=20,
+        n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
     "prior": Config(proposal="prior", seeds=3),

@@ -66,7 +66,7 @@ class Config(MapConfig):
 PRESETS = {
     "smoke": Config(
         n_pix=16, proposal="path", n_per_round=20, turns=4, seeds=1, scores=(("whitened", 2),), n_coverage=20,
-        n_samples=200, members=1, ess=20, n_warmup=60, n_draws=60, n_chains=2, n_spectrum=20,
+        n_samples=200, members=1, ess=20, n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(estimators=tuple(ESTIMATORS)),
     # The full configuration.

@@ -1,5 +1,7 @@
 """Trained compressions against the exact posterior of data whose summary is known, and their mistakes."""
 
+import warnings
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -120,6 +122,39 @@ def test_it_comes_back_from_its_file(compressors, simulations, tmp_path):
         load_compressor(path, network())
 
 
+@pytest.mark.parametrize("rows", [lambda x: x, lambda x: (x, {"mean": x.mean(-1, keepdims=True)})])
+def test_files_know_the_head_and_the_activation(simulations, tmp_path, rows):
+    sim, draws, _ = simulations
+
+    class Network(eqx.Module):
+        mlp: eqx.nn.MLP
+
+        def __init__(self, activation):
+            self.mlp = eqx.nn.MLP(12, 4, 6, 1, activation, key=jax.random.key(0))
+
+        def __call__(self, x):
+            return self.mlp(x[0] + x[1]["mean"] if isinstance(x, tuple) else x)
+
+    x, path = rows(np.asarray(draws.x)), tmp_path / "compressor"
+    options = dict(prior=sim, loss="mse", width=7, max_epochs=1)
+    made = fit_compressor(jax.random.key(3), Network(jnp.tanh), draws.theta, x, **options)
+    made.save(path)
+    np.testing.assert_array_equal(load_compressor(path, Network(jnp.tanh)).many(x), made.many(x))
+    with pytest.raises(ValueError, match="Is its activation another one"):
+        load_compressor(path, Network(jax.nn.relu))
+
+
+def test_scores_with_the_prior_left_in_are_noticed(simulations):
+    sim, draws, _ = simulations
+    of_prior = jax.vmap(jax.grad(sim.prior.log_prob))(draws.theta)
+    options = dict(prior=sim, loss="score", max_epochs=1)
+    with pytest.warns(UserWarning, match="WITHOUT the prior's"):
+        fit_compressor(jax.random.key(0), network(), draws.theta, draws.x, draws.score + of_prior, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_compressor(jax.random.key(0), network(), draws.theta, draws.x, draws.score, **options)
+
+
 def test_mistakes_are_told(simulations):
     sim, draws, _ = simulations
     theta, x = np.asarray(draws.theta), np.asarray(draws.x)
@@ -139,6 +174,8 @@ def test_mistakes_are_told(simulations):
         run(loss="score")
     with pytest.raises(ValueError, match="Expected score with shape"):
         run(score=np.asarray(draws.score)[:, :1])
+    with pytest.raises(ValueError, match="Expected finite score; got 1 non-finite"):
+        run(score=np.where(np.arange(theta.size).reshape(theta.shape) == 5, np.nan, draws.score))
     with pytest.raises(ValueError, match="Unknown loss 'mes'.*mse"):
         run(loss="mes")
     with pytest.raises(ValueError, match="not training rows; 100 of 100"):

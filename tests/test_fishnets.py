@@ -17,6 +17,7 @@ from diffsbi.compression import (
     GraphFishnet,
     Information,
     MemberNetwork,
+    check_graph,
     fit_fishnet,
     load_fishnet,
     patches,
@@ -271,6 +272,30 @@ def test_a_graph_is_the_same_whatever_the_order_of_its_edges():
         np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
+def test_graphs_that_are_none_are_named(x64):
+    _, graphs, _ = velocity_graphs(jax.random.key(0), Velocities(), 3, 8)
+    check_graph(graphs)
+    check_graph(jax.tree.map(lambda a: a[0], graphs))
+
+    def changed(name, index, value):
+        return eqx.tree_at(lambda g: getattr(g, name), graphs, getattr(graphs, name).at[index].set(value))
+
+    edge = tuple(map(int, np.argwhere(np.asarray(graphs.mask))[-1]))
+    for name, index, value, message in (
+        ("receivers", edge, 8, rf"receivers between 0 and 7, the nodes; got 8 at \({edge[0]}, {edge[1]}\)"),
+        ("senders", edge, -1, "senders between 0 and 7.*got -1"),
+        ("edges", edge, np.nan, "Expected finite edges; 1 are not"),
+        ("mask", 1, False, "at least one edge; 1 of 3 have none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_graph(changed(name, index, value))
+    with pytest.raises(ValueError, match="senders of shape"):
+        check_graph(eqx.tree_at(lambda g: g.senders, graphs, graphs.senders[:, 1:]))
+    aggregation = FisherAggregation(jax.random.key(0), 2, 2, width=8)
+    with pytest.raises(ValueError, match="receivers between 0 and 2"):
+        aggregation(jnp.ones((4, 2)), jnp.array([0, 1, 2, 3]), 3)
+
+
 # -- fits ---------------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +405,11 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="the arrays differ"):
         load_fishnet(own, wide)
     assert load_fishnet(own, FisherSum(embedded)).network.member.embed is not None
+    other = eqx.tree_at(lambda m: m.embed, embedded, eqx.nn.Sequential([embedded.embed, eqx.nn.Lambda(jnp.tanh)]))
+    same = eqx.tree_at(lambda m: m.embed, embedded, eqx.nn.Sequential([embedded.embed, eqx.nn.Lambda(jnp.sin)]))
+    save_fishnet(random_fishnet(network=FisherSum(other)), own)
+    with pytest.raises(ValueError, match="Is its activation another one"):
+        load_fishnet(own, FisherSum(same))
     content = path.read_bytes()
     for broken, message in (
         (content[:-3], "damaged"),

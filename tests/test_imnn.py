@@ -356,6 +356,16 @@ def test_bad_input_is_named_before_work():
         IMNN.from_derivatives(Small(), THETA, (x, dx), (x, dx))
     with pytest.raises(ValueError, match="validation simulations of other seeds"):
         IMNN.from_derivatives(Small(), THETA, (x, dx), (Slices(x), Slices(dx)))
+    other, d_other, *_ = simulations(4)
+    mixed = np.concatenate([other[:-3], x[:3]]), np.concatenate([d_other[:-3], dx[:3]])
+    with pytest.raises(ValueError, match="other seeds than the training ones; 3 are the same"):
+        IMNN.from_derivatives(Small(), THETA, (x, dx), mixed)
+    pairs(THETA, np.full(2, 1e-4), x, minus, plus, check=check)
+    for wrong, width in (((plus, minus), 1e-4), ((minus[:, ::-1], plus[:, ::-1]), 1e-4), ((minus, plus), 2e-4)):
+        with pytest.raises(ValueError, match=r"\(plus - minus\) / width\[..., 0\] to be the derivative"):
+            pairs(THETA, np.full(2, width), x, *wrong, check=check)
+    with pytest.raises(ValueError, match="n_summaries . 3 = 5 n_refit simulations .*; got 4"):
+        quick(Small()).fit(jax.random.key(0), n_refit=4)
     with pytest.raises(ValueError, match="as many summaries as parameters, 2; the network has 1"):
         quick(Small(m=1))
     with pytest.raises(ValueError, match=r"network from \(3, 2\) to \(n_summaries,\)"):

@@ -148,6 +148,11 @@ def test_a_reweighted_posterior_ends_where_the_simulations_do(linear, observed):
     far = proposal.loc + proposal.root @ jnp.asarray([20.0, 0.0])
     assert np.isneginf(posterior.log_prob(far, observed))
     assert np.isfinite(posterior.log_prob(proposal.loc, observed))
+    fitted = posterior.under_proposal().sample(jax.random.key(3), 20_000, observed)
+    beyond = float(np.mean(proposal.log_prob(fitted) < posterior.proposals.floor))
+    leakage = posterior.leakage(jax.random.key(4), jnp.stack([observed, observed]))
+    assert leakage.shape == (2,) and 0 < beyond < 0.5
+    np.testing.assert_allclose(leakage, beyond, atol=5 * np.sqrt(2 * beyond / 20_000))
 
 
 def test_a_proposal_that_misses_the_posterior_is_warned_about(linear, observed):

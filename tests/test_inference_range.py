@@ -8,6 +8,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
+from diffsbi.comparison import outside_training
 from diffsbi.inference import NLE, NPE, gaussian_proposal, load_posterior
 from diffsbi.prior import Prior
 
@@ -106,3 +107,13 @@ def test_posteriors_without_a_range_are_left_alone(posterior):
 
     old = dataclasses.replace(posterior, config_json="{}")
     assert warned(lambda: old.condition(jnp.asarray([99.0, 100.5, 7.0]))) == []
+
+
+def test_the_report_warns_of_numbers_that_only_together_are_unlike_the_simulations():
+    rng = np.random.default_rng(0)
+    t = rng.normal(size=(300, 1)) + 0.1 * rng.normal(size=(300, 2))  # nearly equal to each other
+    assert outside_training(("a", "b"), np.array([1.0, 1.1]), t) == []
+    (warning,) = outside_training(("a", "b"), np.array([1.0, -1.0]), t)
+    assert "not like the simulations" in warning and "summary of a" in warning
+    assert outside_training(("a", "b"), np.array([1.0, -1.0]), t[:50]) == []  # too few to tell
+    assert "outside the simulated range" in outside_training(("a", "b"), np.array([9.0, 9.0]), t)[0]

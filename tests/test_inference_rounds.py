@@ -35,6 +35,8 @@ def test_rounds_end_at_the_exact_posterior(linear, observed, estimator, density,
     np.testing.assert_allclose((draws.mean(0) - mean) / width, 0.0, atol=0.2)
     np.testing.assert_allclose(draws.std(0) / width, 1.0, atol=0.12)
     assert result.simulations == 160 and result.samples.shape == (2, 2000, 2) and len(result.moved) == 1
+    assert result.leakage[0] == 0.0 and len(result.leakage) == 2
+    assert (result.leakage[1] == 0.0) if estimator is ds.NLE else (result.leakage[1] < 0.02)
     assert result.stop_reason == "n_rounds reached"
 
 
@@ -73,6 +75,9 @@ def test_a_region_with_little_prior_is_told(linear, observed):
     posterior = ds.NPE(linear, gaussian).append(draws.theta, draws.x).fit(jax.random.key(0), max_epochs=1)
     with pytest.raises(ValueError, match="Expected 90000 draws of the prior within the posterior's region; 20000 cand"):
         truncated_prior(posterior, jax.random.key(5), 90_000, observed, most_candidates=20_000)
+    # A few blocks are enough to see that all will not do.
+    with pytest.raises(ValueError, match="region; 200000 candidates gave .* at most 900000 are tried"):
+        truncated_prior(posterior, jax.random.key(5), 890_000, observed, most_candidates=900_000)
 
 
 @pytest.mark.parametrize(

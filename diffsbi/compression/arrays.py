@@ -56,7 +56,7 @@ def stored(theta0, x, dx, *, check: tuple[Callable, Key] | None = None) -> Store
     return found
 
 
-def pairs(theta0, width, x, minus, plus) -> Pairs | Streamed:
+def pairs(theta0, width, x, minus, plus, *, check: tuple[Callable, Key] | None = None) -> Pairs | Streamed:
     r"""A set of simulations with others of the same seeds at $\theta_0 \mp \delta\theta/2$.
 
     Args:
@@ -65,6 +65,7 @@ def pairs(theta0, width, x, minus, plus) -> Pairs | Streamed:
         x: `(n_s, *x_shape)` at theta0, as in `stored`.
         minus: Of the seeds of the first n_d, `(n_d, p, *x_shape)`: `minus[:, a]` has parameter a at its lower value.
         plus: The same, upper value.
+        check: (simulate, key) where rows i are of simulate(theta, fold_in(key, i)): whether they are is then tried.
     """
     theta0, width = (jnp.asarray(a, jnp.result_type(float)) for a in (theta0, width))
     if width.shape != theta0.shape or not bool(jnp.all(width > 0)):
@@ -78,6 +79,10 @@ def pairs(theta0, width, x, minus, plus) -> Pairs | Streamed:
         _check_rows(name, a)
     if np.array_equal(np.asarray(minus[:1]), np.asarray(plus[:1])):
         raise ValueError("Expected pairs that differ; minus and plus are the same: were both simulated at theta0?")
+    if check is not None:
+        change = np.asarray(plus[:_CHECKED], float) - np.asarray(minus[:_CHECKED], float)
+        derivatives = np.moveaxis(change, 1, -1) / np.asarray(width)
+        check_derivatives(*check, theta0, x, derivatives, step=width / 2, name="(plus - minus) / width")
     return _streamed_or_not(Pairs, dict(theta0=theta0, width=width), x, (minus, plus))
 
 
@@ -102,7 +107,7 @@ def simulated(
     return Simulated(simulate=simulate, theta0=theta0, n_s=n_s, n_d=n_d, x_shape=shape, key=key)
 
 
-def check_derivatives(simulate, key: Key, theta0, x, dx) -> None:
+def check_derivatives(simulate, key: Key, theta0, x, dx, *, step=None, name: str = "dx") -> None:
     """Raise `ValueError` unless the first rows of `x` are the simulator's, and of `dx` its central differences."""
     n = min(_CHECKED, len(dx))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
@@ -113,33 +118,33 @@ def check_derivatives(simulate, key: Key, theta0, x, dx) -> None:
         raise ValueError(
             "Expected row i of x to be simulate(theta0, fold_in(key, i)), to check derivatives; it is not."
         )
-    step = float(jnp.finfo(theta0.dtype).eps) ** (1 / 3) * np.maximum(1.0, np.abs(theta0))
+    if step is None:
+        step = float(jnp.finfo(theta0.dtype).eps) ** (1 / 3) * np.maximum(1.0, np.abs(theta0))
     for a in range(len(theta0)):
         move = np.where(np.arange(len(theta0)) == a, step, 0.0)
         expected = (at(theta0 + move) - at(theta0 - move)) / (2 * step[a])
         error = np.linalg.norm(derivatives[..., a] - expected)
         if error > _DISAGREE * max(np.linalg.norm(expected), 1e-3 * np.std(values)):
             raise ValueError(
-                f"Expected dx[..., {a}] to be the derivative with respect to parameter {a}; it differs by {error:.3g} "
-                f"from the simulator's finite difference, of norm {np.linalg.norm(expected):.3g}. Look at the order of "
-                "axes (data first, parameters last), of the parameters, and whether draws jump with theta."
+                f"Expected {name}[..., {a}] to be the derivative with respect to parameter {a}; it differs by "
+                f"{error:.3g} from the simulator's finite difference, of norm {np.linalg.norm(expected):.3g}. Look at "
+                "the order of axes (data first, parameters last), of the parameters, and whether draws jump with theta."
             )
 
 
 def check_different(train: AbstractSimulations, validation: AbstractSimulations) -> None:
-    """Raise `ValueError` where the validation set begins with the training set's rows."""
+    """Raise `ValueError` where validation rows are training rows (of sets on disk, the first ones are looked at)."""
     if isinstance(train, Simulated) != isinstance(validation, Simulated):
         return
     if isinstance(train, Simulated) and isinstance(validation, Simulated):
         same = train.key is not None and validation.key is not None and bool(train.key == validation.key)
+        shared = validation.n_s if same else 0
     else:
-        first = [_first_rows(s) for s in (train, validation)]
-        n = min(map(len, first))
-        same = np.array_equal(first[0][:n], first[1][:n])
-    if same:
+        shared = shared_rows([_own_rows(train)], [_own_rows(validation)])
+    if shared:
         raise ValueError(
-            "Expected validation simulations of other seeds than the training ones; they are the same, and would not "
-            "show overfitting. Split the rows, or simulate others."
+            f"Expected validation simulations of other seeds than the training ones; {shared} are the same, and would "
+            "not show overfitting. Split the rows, or simulate others."
         )
 
 
@@ -179,12 +184,12 @@ def _streamed_or_not(kind, fields, x, with_derivatives):
     return kind(data=((x[:n_d], *rest), x[n_d:]), **fields, **counts)
 
 
-def _first_rows(simulations) -> np.ndarray:
+def _own_rows(simulations) -> np.ndarray:
     if isinstance(simulations, Streamed):
         n = min(_BLOCK, simulations.n_s)
         return simulations.read(np.arange(n), 1)[0].astype(simulations.theta0.dtype)
-    (x, *_), _ = simulations.data
-    return np.asarray(x[:_BLOCK])
+    (x, *_), rest = simulations.data
+    return np.concatenate([x, rest])
 
 
 def _check_counts(n_s: int, n_d: int) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 from diffsbi._types import Key, check_finite, check_key
 from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.fishnets import Fishnet, set_loss
-from diffsbi.compression.saving import load_module, read_header, save_module
+from diffsbi.compression.saving import check_probe, fixed_input, load_module, read_header, save_module
 from diffsbi.compression.sets import POOLS, AbstractSetNetwork, DeepSet, FisherSum, MemberNetwork, check_set
 from diffsbi.inference.losses import zero_at_first
 from diffsbi.inference.training import History, fit, split_rows
 
 KIND = "fishnet"
 KINDS = ("fishnet", *POOLS)
+_PROBED = 3  # members of the set that tells two architectures apart
 _SINGULAR = 1e-9  # smallest eigenvalue of the parameters' correlations
 
 
@@ -151,8 +152,10 @@ def _rows(fishnet: Fishnet, data: tuple, split: int) -> dict[str, Any]:
 
 def save_fishnet(fishnet: Fishnet, path) -> None:
     """Write a fishnet: a JSON header with its architecture, a checksum and the arrays; no pickle."""
-    header = {"architecture": _architecture(fishnet.network), "event": list(fishnet.x_loc.shape)}
-    save_module(path, KIND, fishnet, header | {"dtype": str(fishnet.root.dtype), "dim": len(fishnet.fiducial)})
+    event = list(fishnet.x_loc.shape)
+    header = {"architecture": _architecture(fishnet.network), "event": event, "dim": len(fishnet.fiducial)}
+    about = {"dtype": str(fishnet.root.dtype), "probe": _probed(fishnet.network, event)}
+    save_module(path, KIND, fishnet, header | about)
 
 
 def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
@@ -177,7 +180,17 @@ def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
     elif architecture is not None and _architecture(network) != architecture:
         raise ValueError(f"Expected a network of {architecture}, as in {path}; got {_architecture(network)}.")
     like = Fishnet(network, jnp.zeros(event), jnp.ones(event), jnp.zeros(dim), jnp.eye(dim))
-    return load_module(path, about, payload, like)
+    fishnet = load_module(path, about, payload, like)
+    if "probe" in header:  # not in files of older versions
+        check_probe(path, _probed(fishnet.network, event), header["probe"])
+    return fishnet
+
+
+def _probed(network: AbstractSetNetwork, event) -> list[float]:
+    """What the network says of a fixed set."""
+    members = fixed_input([_PROBED, *event])
+    score, fisher = network.pooled(network.members(members), jnp.ones(_PROBED, bool))
+    return [*np.asarray(score, float).tolist(), *np.asarray(fisher, float).ravel().tolist()]
 
 
 def _architecture(network) -> dict[str, Any] | None:

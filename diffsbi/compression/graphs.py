@@ -20,6 +20,8 @@ AGGREGATIONS = ("sum", "mean", "max", "attention")
 class Graph(eqx.Module):
     """One graph, or many with a leading axis, padded to the same sizes.
 
+    `check_graph` tells what is wrong with one.
+
     Attributes:
         nodes: Features of the nodes, `(n, d)`; d may be 0.
         edges: Features of the edges, `(m, e)`.
@@ -68,7 +70,7 @@ class FisherAggregation(eqx.Module):
 
     def __call__(self, messages, receivers, n_nodes: int, mask=None) -> Float[Array, "n_nodes size"]:
         """Messages `(m, n_in)` to what each of `n_nodes` receives; `mask (m,)` is True where there is a message."""
-        mask = _check_messages(messages, receivers, mask)
+        mask = _check_messages(messages, receivers, n_nodes, mask)
         score, fisher = jax.vmap(self.message)(jnp.where(mask[:, None], messages, 0.0))
         score = segment_sum(jnp.where(mask[:, None], score, 0.0), receivers, n_nodes)
         fisher = segment_sum(jnp.where(mask[:, None, None], fisher, 0.0), receivers, n_nodes)
@@ -121,7 +123,7 @@ class Aggregation(eqx.Module):
 
     def __call__(self, messages, receivers, n_nodes: int, mask=None) -> Float[Array, "n_nodes size"]:
         """As `FisherAggregation`; a node without messages receives zeros."""
-        mask = _check_messages(messages, receivers, mask)
+        mask = _check_messages(messages, receivers, n_nodes, mask)
         messages = jnp.where(mask[:, None], messages, 0.0)
         out = jax.vmap(self.linear)(messages)
         out = out if self.mlp is None else out + jax.vmap(self.mlp)(messages)
@@ -170,13 +172,51 @@ def _softmax(logits: Float[Array, " m"], receivers, n_nodes: int) -> Float[Array
     return weights / jnp.where(total > 0, total, 1.0)[receivers]
 
 
-def _check_messages(messages, receivers, mask) -> Array:
+def check_graph(graph: Graph) -> None:
+    """Check one graph, or many with a leading axis, before training: inside jit nothing is known of the numbers.
+
+    Raises:
+        ValueError: For shapes that do not fit, no edges, senders or receivers that are no nodes, and features that are
+            not finite, naming the first.
+    """
+    nodes, edges, mask = (np.asarray(a) for a in (graph.nodes, graph.edges, graph.mask))
+    rows = edges.shape[:-1]
+    for name, ends in (("senders", graph.senders), ("receivers", graph.receivers), ("mask", mask)):
+        if np.shape(ends) != rows:
+            raise ValueError(f"Expected {name} of shape {rows}, one entry for each edge; got {np.shape(ends)}.")
+    if nodes.ndim != edges.ndim or nodes.shape[:-2] != edges.shape[:-2]:
+        raise ValueError(f"Expected nodes and edges of as many graphs; got {nodes.shape} and {edges.shape}.")
+    there = mask.astype(bool)
+    if not (counts := np.atleast_1d(there.sum(-1))).all():
+        none = int(np.sum(counts == 0))
+        raise ValueError(f"Expected graphs with at least one edge; {none} of {counts.size} have none.")
+    for name, ends in (("senders", np.asarray(graph.senders)), ("receivers", np.asarray(graph.receivers))):
+        _check_ends(name, ends, there, nodes.shape[-2])
+    for name, features, used in (("nodes", nodes, np.ones(nodes.shape[:-1], bool)), ("edges", edges, there)):
+        bad = ~np.isfinite(features).all(-1) & used
+        if bad.any():
+            first = tuple(map(int, np.argwhere(bad)[0]))
+            raise ValueError(f"Expected finite {name}; {int(bad.sum())} are not, the first at {first}.")
+
+
+def _check_ends(name: str, ends: np.ndarray, there: np.ndarray, n_nodes: int) -> None:
+    bad = there & ((ends < 0) | (ends >= n_nodes))
+    if bad.any():
+        raise ValueError(
+            f"Expected {name} between 0 and {n_nodes - 1}, the nodes; got {int(ends[bad][0])} at "
+            f"{tuple(map(int, np.argwhere(bad)[0]))}."
+        )
+
+
+def _check_messages(messages, receivers, n_nodes: int, mask) -> Array:
     if messages.ndim != 2 or receivers.shape != messages.shape[:1]:
         raise ValueError(
             f"Expected messages (m, features) and receivers (m,); got {messages.shape} and {receivers.shape}."
         )
     if mask is None:
-        return jnp.ones(len(messages), bool)
+        mask = jnp.ones(len(messages), bool)
     if mask.shape != receivers.shape:
         raise ValueError(f"Expected mask of shape {receivers.shape}, one entry for each message; got {mask.shape}.")
+    if not any(isinstance(a, jax.core.Tracer) for a in (receivers, mask)):
+        _check_ends("receivers", np.asarray(receivers), np.asarray(mask, bool), n_nodes)
     return mask.astype(bool)

@@ -16,13 +16,12 @@ from numpyro.distributions import MultivariateNormal
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.compression import arrays
 from diffsbi.compression.information import Information, Regularisation, information_loss, measured_information
-from diffsbi.compression.saving import load_module, read_header, save_module
+from diffsbi.compression.saving import check_probe, fixed_input, load_module, read_header, save_module
 from diffsbi.compression.simulations import AbstractSimulations, Network, Simulated, Streamed, summaries_of
 from diffsbi.inference.training import History, fit
 
 _STREAMED = 100  # rows that are read at a time where nothing is said
 _SMALLEST_EIGENVALUE = 1e-4  # of the first covariance, relative to the largest
-_PROBE_TOLERANCE = 1e-3
 
 
 class IMNN(eqx.Module):
@@ -47,8 +46,7 @@ class IMNN(eqx.Module):
     devices: tuple[jax.Device, ...] | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        shape = jax.ShapeDtypeStruct(self.train.x_shape, self.train.theta0.dtype)
-        t = eqx.filter_eval_shape(lambda network, x: network(x), self.network, shape)
+        t = self._summary_shape()
         if not (isinstance(t, jax.ShapeDtypeStruct) and t.ndim == 1):
             raise ValueError(f"Expected a network from {self.train.x_shape} to (n_summaries,); it gives {t}.")
         for name, simulations in (("training", self.train), ("validation", self.validation)):
@@ -62,6 +60,10 @@ class IMNN(eqx.Module):
         if self.n_per_device is not None and self.n_per_device < 1:
             raise ValueError(f"Expected n_per_device >= 1; got {self.n_per_device}.")
         arrays.check_different(self.train, self.validation)
+
+    def _summary_shape(self):
+        shape = jax.ShapeDtypeStruct(self.train.x_shape, self.train.theta0.dtype)
+        return eqx.filter_eval_shape(lambda network, x: network(x), self.network, shape)
 
     @classmethod
     def from_simulator(
@@ -102,12 +104,13 @@ class IMNN(eqx.Module):
         return _make(cls, network, *sets, settings)
 
     @classmethod
-    def from_pairs(cls, network: Network, theta0, width, train, validation, **settings) -> "IMNN":
+    def from_pairs(cls, network: Network, theta0, width, train, validation, *, check=None, **settings) -> "IMNN":
         """Derivatives of the summaries by finite differences: `train` and `validation` are (x, minus, plus).
 
-        `minus` and `plus` are simulations of the same seeds at theta0 ∓ width/2 (`diffsbi.compression.arrays.pairs`).
+        `minus` and `plus` are simulations of the same seeds at theta0 ∓ width/2 (`diffsbi.compression.arrays.pairs`,
+        which also explains `check`).
         """
-        sets = arrays.pairs(theta0, width, *train), arrays.pairs(theta0, width, *validation)
+        sets = arrays.pairs(theta0, width, *train, check=check), arrays.pairs(theta0, width, *validation)
         return _make(cls, network, *sets, settings)
 
     def fit(
@@ -147,6 +150,8 @@ class IMNN(eqx.Module):
             raise ValueError(
                 "Expected n_refit with a simulator only; stored simulations are measured on their validation."
             )
+        if n_refit is not None:
+            arrays.check_size(dataclasses.replace(validation, n_s=n_refit), self._summary_shape().shape[0], "n_refit")
         memory = self.n_per_device or (_STREAMED if isinstance(self.train, Streamed) else None)
         train, validation = (self._placed(s) for s in (self.train, validation))
         start = _whitened(self.network, _all_summaries(self.network, train, key_start, memory, self.devices)[0])
@@ -239,7 +244,7 @@ class FittedIMNN(eqx.Module):
             "measures": {name: values.tolist() for name, values in self.history.measures.items()},
         }
         account = {"log_det_error": self.log_det_error, "validate_every": self.validate_every, "history": series}
-        probe = np.asarray(self.summaries(_probe(self.x_shape)), float).tolist()
+        probe = np.asarray(self.summaries(fixed_input(self.x_shape)), float).tolist()
         sizes = {"x_shape": list(self.x_shape), "p": len(self.theta0), "m": len(self.mean), "probe": probe}
         save_module(path, "IMNN", self._arrays(), sizes | account)
 
@@ -262,12 +267,7 @@ class FittedIMNN(eqx.Module):
         history = header["history"] and History(**_as_arrays(header["history"]))
         account = {"log_det_error": header["log_det_error"], "validate_every": header["validate_every"]}
         found = cls(network, theta0, mean, matrix, fisher, shape, history=history, **account)
-        probe = np.asarray(found.summaries(_probe(shape)), float)
-        if not np.allclose(probe, header["probe"], rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
-            raise ValueError(
-                f"Expected the network that was saved in {path}; the one given has arrays of the same shapes but makes "
-                f"{probe} of a fixed input instead of {np.asarray(header['probe'])}. Is its activation another one?"
-            )
+        check_probe(path, found.summaries(fixed_input(shape)), header["probe"])
         return found
 
 
@@ -335,10 +335,6 @@ _all_summaries = eqx.filter_jit(summaries_of)
 @eqx.filter_jit
 def _summaries(network, x, batch_size):
     return jax.lax.map(network, x, batch_size=batch_size)
-
-
-def _probe(shape) -> Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.result_type(float))
 
 
 def _as_arrays(entry: dict) -> dict:

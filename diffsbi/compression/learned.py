@@ -1,6 +1,8 @@
 r"""Compression by a network that is trained on simulations: $x \to t(x)$, one number for each parameter."""
 
 import dataclasses
+import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +14,9 @@ import numpy as np
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.losses import LOSSES, AbstractLoss
-from diffsbi.compression.saving import load_module, read_header, save_module
-from diffsbi.inference.losses import likelihood_score, score_outliers, zero_at_first
+from diffsbi.compression.saving import check_probe, fixed_input, load_module, read_header, save_module, shapes_of
+from diffsbi.inference.checks import score_warnings
+from diffsbi.inference.losses import likelihood_score, prior_score, score_outliers, zero_at_first
 from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.standardise import ridge_regression, whitening
 from diffsbi.inference.training import History, fit, split_rows
@@ -45,6 +48,7 @@ class Compressor(eqx.Module):
     lower: Float[Array, "p p"]
     history: History | None = None
     n_simulations: int = eqx.field(static=True, default=0)
+    x_shapes: str = eqx.field(static=True, default="null")
 
     def __call__(self, x) -> Float[Array, " p"]:
         """t of one data set (any arrays the network takes)."""
@@ -70,19 +74,28 @@ class Compressor(eqx.Module):
 
     def save(self, path) -> None:
         """Write the arrays with a checksum; `load_compressor` reads them into a network of the same architecture."""
-        sizes = {"features": len(self.loc), "parameters": len(self.lower), "n_simulations": self.n_simulations}
-        save_module(path, _KIND, dataclasses.replace(self, history=None), sizes)
+        shapes = json.loads(self.x_shapes)
+        probe = None if shapes is None else np.asarray(self(fixed_input(shapes)), float).tolist()
+        sizes = {"features": len(self.loc), "parameters": len(self.lower), "width": self.correction.width_size}
+        about = {"n_simulations": self.n_simulations, "x_shapes": self.x_shapes, "probe": probe}
+        save_module(path, _KIND, dataclasses.replace(self, history=None), sizes | about)
 
 
 def load_compressor(path, network) -> Compressor:
     """Read what `Compressor.save` wrote, into a `network` of the architecture that was saved (any weights).
 
     Raises:
-        ValueError: For another kind of file, a damaged one, or another architecture, naming the first difference.
+        ValueError: For another kind of file, a damaged one, or another architecture, naming the first difference: in
+            the shapes of its arrays, or in what it makes of a fixed input (another activation has the same shapes).
     """
     header, about, payload = read_header(path, _KIND)
-    like = _empty(jax.random.key(0), network, header["features"], header["parameters"])
-    return dataclasses.replace(load_module(path, about, payload, like), n_simulations=header["n_simulations"])
+    like = _empty(jax.random.key(0), network, header["features"], header["parameters"], header.get("width", 64))
+    shapes = header.get("x_shapes", "null")  # files of older versions have neither
+    known = dict(n_simulations=header["n_simulations"], x_shapes=shapes)
+    loaded = dataclasses.replace(load_module(path, about, payload, like), **known)
+    if header.get("probe") is not None:
+        check_probe(path, loaded(fixed_input(json.loads(shapes))), header["probe"])
+    return loaded
 
 
 def fit_compressor(
@@ -127,6 +140,8 @@ def fit_compressor(
     Raises:
         ValueError: Wrong shapes, values that are not finite, fewer than 20 rows, validation rows that are training
             rows, a loss that needs scores without them.
+
+    Warns where scores look as if the prior's gradient were in them, or the parameters in another order.
     """
     check_key(key)
     prior = prior if isinstance(prior, Prior) else prior.prior
@@ -146,7 +161,12 @@ def fit_compressor(
     if hasattr(network, "adapted"):
         network = network.adapted(jax.tree.map(lambda a: jnp.asarray(a[:128]), train["x"]))
     key_loss, key_correction = jax.random.split(key_head)
-    compressor, train, held_out = _linear_start(key_correction, network, train, held_out, width)
+    features = _features(network, train["x"])
+    if "own" in train:
+        of_prior = prior_score(prior, prior.from_unconstrained(jnp.asarray(train["u"])))
+        for message in score_warnings(prior.names, train["u"], features, train["own"], of_prior):
+            warnings.warn(message, stacklevel=2)
+    compressor, train, held_out = _linear_start(key_correction, network, features, train, held_out, width)
     extra = loss.head(key_loss, len(compressor.loc), train)
     train = {name: value for name, value in train.items() if name in held_out}
     objective = _Objective(loss, augment)
@@ -156,7 +176,8 @@ def fit_compressor(
     )  # fmt: skip
     (compressor, _), history = fit(key_fit, (compressor, extra), train, held_out, objective, **options)
     count = n + (0 if validation is None else len(held_out["v"]))
-    return dataclasses.replace(compressor, history=history, n_simulations=count)
+    shapes = json.dumps(shapes_of(jax.tree.map(lambda a: a[0], train["x"])))
+    return dataclasses.replace(compressor, history=history, n_simulations=count, x_shapes=shapes)
 
 
 class _Objective(eqx.Module):
@@ -192,7 +213,8 @@ def _checked(prior: Prior, proposal, theta, x, score=None) -> dict[str, Any]:
         check_finite("score", score)
         components, fractions = (proposal,), (1.0,)
         of_prior = Proposals(prior, components, fractions).score(jnp.asarray(theta))
-        rows["score"] = np.asarray(likelihood_score(prior, theta, score) + of_prior)
+        rows["own"] = np.asarray(likelihood_score(prior, theta, score))
+        rows["score"] = rows["own"] + np.asarray(of_prior)
         rows["use"] = 1.0 - score_outliers(rows["score"]).astype(rows["u"].dtype)
     return rows
 
@@ -209,13 +231,18 @@ def _refuse_equal(train: np.ndarray, held_out: np.ndarray) -> None:
         )
 
 
-def _linear_start(key, network, train, held_out, width) -> tuple[Compressor, dict, dict]:
-    """The compressor before training, and the rows in its units, with what it leaves of them."""
-    u_loc, root = train["u"].mean(0), np.linalg.cholesky(np.cov(train["u"].T).reshape((train["u"].shape[1],) * 2))
-    features = np.asarray(_rows_of(network, train["x"]), float)
+def _features(network, x) -> np.ndarray:
+    """Of every row, before training."""
+    features = np.asarray(_rows_of(network, x), float)
     if features.ndim != 2:
         raise ValueError(f"Expected a network that gives features (f,) for a row of x; got {features.shape[1:]}.")
     check_finite("the network's features", features)
+    return features
+
+
+def _linear_start(key, network, features, train, held_out, width) -> tuple[Compressor, dict, dict]:
+    """The compressor before training, and the rows in its units, with what it leaves of them."""
+    u_loc, root = train["u"].mean(0), np.linalg.cholesky(np.cov(train["u"].T).reshape((train["u"].shape[1],) * 2))
     loc, whiten = whitening(_without_tails(features))
     v = np.linalg.solve(root, (train["u"] - u_loc).T).T
     c = np.asarray(_bounded((features - loc) @ whiten.T))
@@ -251,7 +278,7 @@ def _bounded(c):
     return _BOUND * jnp.tanh(c / _BOUND)
 
 
-def _empty(key: Key, network, n_features: int, dim: int, width: int = 64) -> Compressor:
+def _empty(key: Key, network, n_features: int, dim: int, width: int) -> Compressor:
     correction = zero_at_first(eqx.nn.MLP(n_features, dim, width, 1, activation=jax.nn.silu, key=key))
     zeros = (jnp.zeros(n_features), jnp.eye(n_features), jnp.zeros((dim, n_features)))
     return Compressor(network, *zeros, correction, jnp.eye(dim))

@@ -11,12 +11,15 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._files import write_atomically
 
 MAGIC = b"diffsbi-compression\n"
 VERSION = 1
+_PROBE_TOLERANCE = 1e-3
+_CONTAINERS = {"tuple": tuple, "list": list}
 
 
 def save_module(path, kind: str, module, header: dict[str, Any]) -> None:
@@ -68,6 +71,38 @@ def load_module(path, about: dict[str, Any], payload: bytes, like):
             f"{_words(given)} here. Build the network with the settings it was trained with."
         )
     return eqx.tree_deserialise_leaves(io.BytesIO(payload), like)
+
+
+def shapes_of(row) -> Any:
+    """Shapes of a data set of float arrays in tuples, lists and dictionaries, for JSON; None where it is another."""
+    if isinstance(row, dict):
+        parts = {str(name): shapes_of(value) for name, value in row.items()}
+        return None if None in parts.values() else {"dict": parts}
+    if type(row) in _CONTAINERS.values():
+        inside = [shapes_of(value) for value in row]
+        return None if None in inside else {type(row).__name__: inside}
+    floats = hasattr(row, "dtype") and jnp.issubdtype(row.dtype, jnp.floating)
+    return list(map(int, row.shape)) if floats else None
+
+
+def fixed_input(shapes) -> Any:
+    """A data set of these `shapes_of`, always the same: what a network makes of it tells two architectures apart."""
+    if isinstance(shapes, dict):
+        ((kind, parts),) = shapes.items()
+        if kind == "dict":
+            return {name: fixed_input(part) for name, part in parts.items()}
+        return _CONTAINERS[kind](map(fixed_input, parts))
+    return jnp.asarray(np.random.default_rng(0).normal(size=shapes), jnp.result_type(float))
+
+
+def check_probe(path, found, saved) -> None:
+    """Raise ValueError where a loaded network makes other numbers of the `fixed_input` than the one that was saved."""
+    found, saved = np.asarray(found, float), np.asarray(saved, float)
+    if not np.allclose(found, saved, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
+        raise ValueError(
+            f"Expected the network that was saved in {path}; the one given has arrays of the same shapes but makes "
+            f"{found} of a fixed input instead of {saved}. Is its activation another one?"
+        )
 
 
 def _arrays(module) -> list[list]:

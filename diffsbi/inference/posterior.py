@@ -21,6 +21,7 @@ from diffsbi.inference.training import History
 from diffsbi.prior import Prior
 
 _BLOCKS = 16  # of draws of members with weights
+_FEW_BLOCKS = 10  # of candidates, which tell how many it takes
 
 
 class Member(eqx.Module):
@@ -311,7 +312,8 @@ def truncated_prior(posterior: FittedPosterior, key: Key, n: int, x=None, *, out
         The draws `(n, p)`, and the region, theta `(m, p)` → `(m,)`.
 
     Raises:
-        ValueError: If the region holds so little of the prior that `most_candidates` draws do not give n.
+        ValueError: If the region holds so little of the prior that `most_candidates` draws do not give n; after a
+            few blocks already where these say so.
     """
     key_level, key = jax.random.split(check_key(key))
     draws = posterior.sample(key_level, 20_000, x)
@@ -323,9 +325,11 @@ def truncated_prior(posterior: FittedPosterior, key: Key, n: int, x=None, *, out
     kept: list[np.ndarray] = []
     found, tried, size = 0, 0, 20_000
     while found < n:
-        if tried >= most_candidates:
+        likely = (found + 3 * np.sqrt(found) + 5) / max(tried, 1) * most_candidates  # three standard deviations up
+        if tried >= most_candidates or (tried >= _FEW_BLOCKS * size and likely < n):
             raise ValueError(
-                f"Expected {n} draws of the prior within the posterior's region; {tried} candidates gave {found}. "
+                f"Expected {n} draws of the prior within the posterior's region; {tried} candidates gave {found}, and "
+                f"at most {most_candidates} are tried. "
                 "Propose from a likelihood's or a ratio's posterior (NLE, NRE), or from a narrower prior."
             )
         candidates = posterior.prior.sample(jax.random.fold_in(key, tried), (size,))

@@ -56,6 +56,14 @@ class ReweightedPosterior(DensityPosterior):
         r"""q itself, the posterior with $\tilde p$ for a prior: what is calibrated on simulations from $\tilde p$."""
         return Posterior(self.prior, self.members, self.histories, self.config_json, self.default_x)
 
+    def leakage(self, key: Key, x: Float[Array, "*m d"] | None = None) -> Float[Array, "*m"]:
+        r"""The share of q that is cut off, beyond all simulations; nothing is ever outside the prior's support."""
+        data = self._observations(x)
+        keys = jax.random.split(check_key(key), data.size // self.x_dim)
+        rows = zip(keys, data.reshape(-1, self.x_dim), strict=True)
+        weights = [_candidates(self._core(), self.proposals, k, one)[1] for k, one in rows]
+        return jnp.mean(jnp.isneginf(jnp.stack(weights)), 1).reshape(data.shape[:-1])
+
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         """The log-posterior up to a constant for each x, shape `(*n,)`; −inf outside the prior's support."""
         check_trailing("theta", theta, (self.prior.dim,))

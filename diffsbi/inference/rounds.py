@@ -16,10 +16,12 @@ from diffsbi._types import Array, Float, Key, check_key
 from diffsbi.inference.estimator import Estimator
 from diffsbi.inference.posterior import DensityPosterior, FittedPosterior
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
+from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.prior import Prior
 from diffsbi.store import create_store
 
 Summary = Callable[[Array], Array]
+Inside = Callable[[Any], Any] | None
 
 
 class Rounds(eqx.Module):
@@ -30,6 +32,9 @@ class Rounds(eqx.Module):
         summaries: What each is given: data of one simulation → `(d,)`.
         samples: Draws of theta of each round, `(rounds, n, p)`.
         moved: For each round after the first, the largest change of a mean (in widths) or of a log-width.
+        leakage: For each round, the share of the fitted density where there were no simulations: outside the region
+            that they were drawn from, or cut off (`ReweightedPosterior.leakage`). 0 for likelihoods and ratios, and
+            for the whole prior, whose support no density leaves.
         simulations: Simulations of all rounds.
         stop_reason: Why it ended.
     """
@@ -38,6 +43,7 @@ class Rounds(eqx.Module):
     summaries: tuple[Summary, ...]
     samples: np.ndarray
     moved: tuple[float, ...]
+    leakage: tuple[float, ...]
     simulations: int
     stop_reason: str = eqx.field(static=True)
 
@@ -135,6 +141,8 @@ def rounds(
     summaries: list[Summary] = []
     samples: list[np.ndarray] = []
     moved: list[float] = []
+    leaked: list[float] = []
+    inside: Inside = None
     reason = "n_rounds reached"
     for r, key_round in enumerate(jax.random.split(key, n_rounds)):
         key_theta, key_draw, key_fit, key_sample = jax.random.split(key_round, 4)
@@ -159,13 +167,16 @@ def rounds(
         posteriors.append(fitted.fit(key_fit, **(fit or {})).condition(observed))
         summaries.append(summary)
         samples.append(np.asarray(posteriors[-1].sample(key_sample, n_samples)))
+        leaked.append(_leakage(posteriors[-1], samples[-1], inside, key_sample))
         if r > 0:
             moved.append(_motion(samples[-2], samples[-1]))
             if moved[-1] < tolerance:
                 reason = f"moved by {moved[-1]:.3f} < {tolerance}"
                 break
     simulations = n_per_round * len(parts)
-    return Rounds(tuple(posteriors), tuple(summaries), np.stack(samples), tuple(moved), simulations, reason)
+    return Rounds(
+        tuple(posteriors), tuple(summaries), np.stack(samples), tuple(moved), tuple(leaked), simulations, reason
+    )
 
 
 class _Part(NamedTuple):
@@ -271,6 +282,12 @@ def _summarised(summary: Summary, x: Array) -> Array:
 def _centre(prior: Prior, theta) -> Array:
     """The mean in unconstrained space, of parameters again."""
     return prior.from_unconstrained(jnp.asarray(prior.unconstrained_moments(theta)[0], jnp.result_type(float)))
+
+
+def _leakage(posterior: FittedPosterior, theta: np.ndarray, inside: Inside, key: Key) -> float:
+    if isinstance(posterior, ReweightedPosterior):
+        return float(posterior.leakage(key))
+    return 0.0 if inside is None else float(1 - np.mean(inside(theta)))
 
 
 def _motion(before: Float[Array, "n p"], after: Float[Array, "n p"]) -> float:
