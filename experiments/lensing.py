@@ -14,7 +14,16 @@ import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, write_npz
 from diffsbi.comparison import prior_bounds
-from diffsbi.diagnostics import c2st, compare_moments, figure_of_merit, sbc_ranks, sbc_test, tarp
+from diffsbi.diagnostics import (
+    c2st,
+    compare_moments,
+    figure_of_merit,
+    local_c2st,
+    predictive_check,
+    sbc_ranks,
+    sbc_test,
+    tarp,
+)
 from diffsbi.inference import LocalFrame
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
@@ -24,6 +33,7 @@ from diffsbi.sampling import full_field_posterior, load_chains, power_spectrum_p
 
 PAIRS = (("omega_c", "sigma_8"), ("omega_c", "w_0"), ("sigma_8", "w_0"))
 MERITS = {f"merit_{a}_{b}": f"Figure of merit {a}, {b}: share of the full field's" for a, b in PAIRS}
+LOCAL_TESTS = 50  # the fewest
 TABLE, MAP, AXES = "lognormal_shifts_LSSTY10.npy", "lsst_y10_observation_256.npy", "row,column,bin"
 
 
@@ -184,6 +194,31 @@ def calibration_of(files: Iterable[Path]) -> dict:
     return calibration(*(np.concatenate([f[part] for f in found]) for part in ("samples", "theta")))
 
 
+def local_check(files: Iterable[Path], t, t_observed) -> dict:
+    """L-C2ST at the observation of all files together, whose tests were of `t (n, d)`.
+
+    Of the way of fitting, as `calibration_of`: where every fit is right, so are all of them together. Empty for files
+    of older versions, and for too few tests.
+    """
+    found = [load_npz(path) for path in files]
+    if any("observed" not in f for f in found) or len(t) < LOCAL_TESTS:
+        return {}
+    theta, samples, observed = (np.concatenate([f[part] for f in found]) for part in ("theta", "samples", "observed"))
+    test = local_c2st(theta, t, samples[:, 0], t_observed, observed)
+    return dict(local=test.statistic, local_null=float(test.null.mean()), local_p_value=test.p_value)
+
+
+def predicted(sim, x, theta, key, n: int = 200) -> dict:
+    """Spectra, moments and peaks of the map x among those of `n` simulations at draws of a posterior."""
+    statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
+    rows = np.random.default_rng(0).permutation(len(theta))[:n]
+    made = summarised(sim, jax.jit(lambda x: jax.lax.map(statistics, x)), key, len(rows), jnp.asarray(theta[rows]))
+    found = predictive_check(made, np.asarray(statistics(x)), statistics.names)
+    return dict(
+        p_value=found.p_value, simulations=found.n, worst=list(found.worst), least=float(min(found.tail_probability))
+    )
+
+
 def draws_under(posterior, proposal, t, key, n: int = 200) -> np.ndarray:
     """`n` draws `(m, n, p)` of the posteriors of m rows of numbers, with `proposal` for the prior unless it is None."""
     key_draw, key_choose = jax.random.split(key)
@@ -205,7 +240,8 @@ def print_calibration(cases: list[dict], names) -> None:
         if case is cases[0]:
             print(f"\nCalibration on {case['observations']} observations: p-values of TARP and of the ranks of {names}")
         ranks = " ".join(f"{p:.3f}" for p in case["rank_p_values"])
-        print(f"{case['estimator']} {case['score']:12} {case['n']:6}: {case['tarp_p_value']:.3f}; {ranks}")
+        here = f"; L-C2ST at the map {case['local_p_value']:.3f}" if "local_p_value" in case else ""
+        print(f"{case['estimator']} {case['score']:12} {case['n']:6}: {case['tarp_p_value']:.3f}; {ranks}{here}")
 
 
 def merits(theta, chain, names) -> dict[str, float]:

@@ -14,7 +14,8 @@ posterior of the map (`gaussian_proposal`). Each seed has its own simulations; t
 of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
-shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal.
+shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal. L-C2ST asks the
+same at the map itself, and posterior predictive checks whether simulations at the posterior look like the map.
 """
 
 import dataclasses
@@ -41,8 +42,10 @@ from experiments.lensing import (
     draws_under,
     frame_draws,
     in_blocks,
+    local_check,
     lost,
     merits,
+    predicted,
     print_calibration,
     spectrum_proposal,
     summarised,
@@ -154,7 +157,8 @@ def main(cfg: Config, out: Path) -> None:
             key, arrays = jax.random.fold_in(run.key("fits"), 1000 * seed + n), _rows(cfg, pool, many, seed, n, kind)
             posterior = _posterior(cfg, sim, ESTIMATORS[name], proposal, arrays, key)
             if n in cfg.coverage_n:
-                write_npz(path.with_suffix(".npz"), _at_observations(cfg, posterior, proposal, many, seed, key))
+                at = (many, observed[seed % len(observed)], seed, key)
+                write_npz(path.with_suffix(".npz"), _at_observations(cfg, posterior, proposal, *at))
             theta = _draws(posterior, key, cfg.n_samples, observed[seed % len(observed)])
             write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
             found = distances(theta, references[seed % len(observed)], sim.names, seed)
@@ -163,12 +167,14 @@ def main(cfg: Config, out: Path) -> None:
     frames = _frames_alone(cfg, sim, observed, references, run.key("fits"))
     limit = run.account("given_summaries")
     fitted = dict.fromkeys((r["n"], r["score"], r["estimator"]) for r in rows if r["n"] in cfg.coverage_n)
-    coverage = [
-        dict(estimator=name, score=score, n=n)
-        | calibration_of(out / "fits" / f"{name}_{score}_{n}_{seed}.npz" for seed in range(cfg.seeds))
-        for n, score, name in fitted
-    ]
-    found = dict(rows=rows, limit=limit["c2st"], frames=frames, coverage=coverage)
+    coverage = []
+    for n, score, name in fitted:
+        files = [out / "fits" / f"{name}_{score}_{n}_{seed}.npz" for seed in range(cfg.seeds)]
+        tested = np.concatenate([many["t"][_tested(cfg, many, seed)] for seed in range(cfg.seeds)])
+        here = local_check(files, tested, observed[0]) if len(observed) == 1 else {}
+        coverage.append(dict(estimator=name, score=score, n=n) | calibration_of(files) | here)
+    predictions = _predictions(sim, x, chain, fitted, out, run.key("fits"))
+    found = dict(rows=rows, limit=limit["c2st"], frames=frames, coverage=coverage, predictions=predictions)
     write_json(out / "distances.json", found | about(sim))
     tables = {"c2st": "C2ST against the full field", "c2st_summaries": "C2ST against what the summaries hold"} | MERITS
     for value, title in tables.items():
@@ -181,6 +187,9 @@ def main(cfg: Config, out: Path) -> None:
         print_table(frames, ("estimator",))
     print(f"What the summaries hold against the full field: {limit}")
     print_calibration(coverage, sim.names)
+    for case in predictions:
+        about_all = f"p = {case['p_value']:.2f} of all statistics, {case['least']:.3f} the least by itself"
+        print(f"The map among predictions of {case['of']}: {about_all} ({case['worst'][0]})")
 
 
 def _check_sizes(cfg: Config) -> None:
@@ -290,12 +299,26 @@ def _frames_alone(cfg: Config, sim, observed, references, key) -> list[dict]:
     return rows
 
 
-def _at_observations(cfg: Config, posterior, proposal, many, seed: int, key) -> dict[str, np.ndarray]:
-    """This seed's share of the test observations, none of which was trained on: their parameters, and draws."""
+def _tested(cfg: Config, many, seed: int) -> slice:
+    """This seed's share of the test observations, none of which was trained on."""
     share = cfg.n_coverage // cfg.seeds
-    rows = slice(len(many["theta"]) - (seed + 1) * share, len(many["theta"]) - seed * share)
+    return slice(len(many["theta"]) - (seed + 1) * share, len(many["theta"]) - seed * share)
+
+
+def _at_observations(cfg: Config, posterior, proposal, many, observed, seed: int, key) -> dict[str, np.ndarray]:
+    """Parameters of this seed's test observations, draws for each, and draws for the map itself."""
+    rows = _tested(cfg, many, seed)
     samples = draws_under(posterior, proposal, many["t"][rows], jax.random.fold_in(key, 1))
-    return dict(theta=many["theta"][rows], samples=samples)
+    here = draws_under(posterior, proposal, observed[None], jax.random.fold_in(key, 2), 400)[0]
+    return dict(theta=many["theta"][rows], samples=samples, observed=here)
+
+
+def _predictions(sim, x, chain, fitted, out: Path, key) -> list[dict]:
+    """Posterior predictive checks of the full field and of the first seed's tested fits."""
+    draws = {"the full field": chain}
+    for n, score, name in fitted:
+        draws[f"{name} {score} {n}"] = load_npz(out / "fits" / f"{name}_{score}_{n}_0.draws.npz")["theta"]
+    return [{"of": of} | predicted(sim, x, theta, key) for of, theta in draws.items()]
 
 
 def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, folder: Path) -> dict:

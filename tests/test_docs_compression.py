@@ -1,0 +1,50 @@
+"""The examples in docs/compression.md run as they stand, and its table names what there is."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffsbi import compression, summaries
+from experiments.set_toys import Velocities, regression_sets, velocity_graphs
+
+PAGE = (Path(__file__).parents[1] / "docs" / "compression.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+
+
+def example(*words):
+    (found,) = (text for text in EXAMPLES if all(word in text for word in words))
+    return found
+
+
+def test_the_table_names_what_there_is():
+    table = PAGE[: PAGE.index("## Each data set's own frame")]
+    named = set(re.findall(r"`(?:compression\.|summaries\.)?(\w+)", table)) - {"diffsbi"}
+    assert len(named) > 10
+    assert all(hasattr(compression, name) or hasattr(summaries, name) for name in named), named
+
+
+@pytest.mark.slow
+def test_information_at_one_point():
+    found: dict = {}
+    exec(example("IMNN.from_simulator"), found)
+    assert 43 < found["fitted"].det_fisher < 51
+    draws, exact = found["draws"], found["posterior"]
+    assert draws.effective_size > 100
+    assert abs(draws.weights @ draws.theta[:, 0] - exact.mean[0]) < np.sqrt(exact.covariance_matrix[0, 0])
+
+
+@pytest.mark.slow
+def test_sets_and_graphs():
+    theta, x = regression_sets(jax.random.key(0), 300, 20)
+    given = dict(jax=jax, theta=theta, x=x, mask=jnp.ones(x.shape[:2], bool), one_set=x[0], chunks=[x[0], x[1]])
+    exec(example("fit_fishnet(jax"), given)
+    assert np.linalg.eigvalsh(given["found"].fisher).min() > 0
+    u, graphs, _ = velocity_graphs(jax.random.key(1), Velocities(), 500, 8)
+    graph = jax.tree.map(lambda a: a[0], graphs)
+    given = dict(jax=jax, jnp=jnp, u=u, graphs=graphs, graph=graph, mask=jnp.ones(8, bool))
+    exec(example("check_graph(graphs)"), given)
+    assert given["score"].shape == u[0].shape and given["history"].best_validation < given["history"].first_validation
