@@ -25,6 +25,7 @@ from diffsbi.diagnostics import (
     tarp,
 )
 from diffsbi.inference import LocalFrame
+from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.observation import read_map
@@ -222,12 +223,13 @@ def predicted(sim, x, theta, key, n: int = 200) -> dict:
 def draws_under(posterior, proposal, t, key, n: int = 200) -> np.ndarray:
     """`n` draws `(m, n, p)` of the posteriors of m rows of numbers, with `proposal` for the prior unless it is None."""
     key_draw, key_choose = jax.random.split(key)
+    settings = {"sampler": "hmc"} if isinstance(posterior, LikelihoodPosterior) and len(t) > 1 else {}
     if isinstance(posterior, ReweightedPosterior):
         samples = posterior.under_proposal().sample(key_draw, n, t)
     elif proposal is None:
-        samples = posterior.sample(key_draw, n, t)
+        samples = posterior.sample(key_draw, n, t, **settings)
     else:  # draws under the prior, those under the proposal chosen among them
-        theta = posterior.sample(key_draw, 5 * n, t)
+        theta = posterior.sample(key_draw, 5 * n, t, **settings)
         log_weight = proposal.log_prob(theta) - posterior.prior.log_prob(theta)
         order = jnp.argsort(log_weight + jax.random.gumbel(key_choose, log_weight.shape), axis=0)[-n:]
         samples = jnp.take_along_axis(theta, order[..., None], axis=0)

@@ -110,10 +110,12 @@ def test_one_observation_and_the_unnormalised_density(linear, scored):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_many_observations_at_once_are_calibrated(linear, scored):
+@pytest.mark.parametrize("sampler", ["nuts", "hmc"])
+def test_many_observations_at_once_are_calibrated(linear, scored, sampler):
     """The posterior of each row is that of its own data: shuffled rows fail at once."""
     truth = linear.draw(jax.random.key(10), 100, with_score=False)
-    theta = scored.sample(jax.random.key(0), 60, truth.x.reshape(4, 25, 4), n_warmup=60, n_chains=2)
+    settings = dict(sampler=sampler, n_warmup=60, n_chains=2)
+    theta = scored.sample(jax.random.key(0), 60, truth.x.reshape(4, 25, 4), **settings)
     assert theta.shape == (60, 4, 25, 2)
     theta = np.asarray(theta).reshape(60, 100, 2)
     means, _ = jax.vmap(linear.posterior)(truth.x)
@@ -124,6 +126,21 @@ def test_many_observations_at_once_are_calibrated(linear, scored):
     assert sbc_test(ranks, 60).min() > 1e-3
     shuffled = sbc_ranks(np.roll(theta.swapaxes(0, 1), 1, axis=0), truth.theta)
     assert sbc_test(shuffled, 60).min() < 1e-3
+
+
+def test_both_samplers_give_the_posterior_of_one_observation(linear, scored):
+    x = linear.draw(jax.random.key(9), 1, with_score=False).x[0]
+    found = {name: scored.chains(jax.random.key(0), x, n_samples=1000, sampler=name) for name in ("nuts", "hmc")}
+    mean, covariance = (np.asarray(a) for a in linear.posterior(x))
+    width = np.sqrt(np.diag(covariance))
+    tables = [list(chains.summary().values()) for chains in found.values()]
+    for rows in tables:
+        assert all(row.rhat < 1.01 for row in rows)
+        np.testing.assert_allclose([row.mean for row in rows], mean, atol=0.2 * width.max())
+        np.testing.assert_allclose([row.sd for row in rows] / width, 1.0, atol=0.12)
+    # The same density: means agree to their Monte Carlo errors.
+    for one, other in zip(*tables, strict=True):
+        assert abs(one.mean - other.mean) < 4 * one.sd * np.sqrt(1 / one.ess_bulk + 1 / other.ess_bulk)
 
 
 def test_outside_the_prior_the_posterior_is_zero():
@@ -147,6 +164,7 @@ def test_round_trip(linear, scored, tmp_path):
     "call, message",
     [
         (lambda p: p.sample(jax.random.key(0), 0), "Expected n >= 1 draws; got 0"),
+        (lambda p: p.sample(jax.random.key(0), 5, jnp.zeros(4), sampler="hcm"), "Unknown sampler 'hcm'.*nuts"),
         (lambda p: p.sample(jax.random.key(0), 5), "Expected data x="),
         (lambda p: p.chains(jax.random.key(0), jnp.zeros((2, 4)), until_ess=10), "Expected no until_ess"),
         (lambda p: p.log_prob(jnp.zeros(2), jnp.zeros(3)), "3"),
