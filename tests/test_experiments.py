@@ -17,6 +17,7 @@ from experiments.lensing import MapConfig, begin, lost, published_files
 QUICK = ("scores_lotka_volterra",)
 LONG = (
     "compressors",
+    "default_settings",
     "fishnets",
     "imnn",
     "lognormal_field",
@@ -49,7 +50,9 @@ def test_the_small_preset_runs_and_resumes(name, tmp_path, capsys):
     assert len(second) <= len(first)
     tables = [text[text.index("C2ST") :] for text in (first, second) if "C2ST" in text]
     assert len(set(tables)) <= 1, "a run that is resumed must print the same table"
-    if name.startswith(("scores_", "sbibm", "imnn", "fishnets", "compressors", "lognormal", "marginal", "path")):
+    if name.startswith(
+        ("scores_", "sbibm", "imnn", "fishnets", "compressors", "lognormal", "marginal", "path", "default")
+    ):
         figures = importlib.import_module(f"paper_figures.{name}").draw(tmp_path)
         assert figures and all(figure.axes for figure in (figures.values() if isinstance(figures, dict) else [figures]))
 
