@@ -99,7 +99,7 @@ def outside_training(names, observed, t) -> list[str]:
     if len(t) < _LEAST_TO_TEST:
         return found
     together = diagnostics.misspecification(t, observed, names=[f"summary of {name}" for name in names], level=_LEVEL)
-    return found + [together.warning] * together.misspecified
+    return [*found, together.warning] if together.misspecified else found
 
 
 def prior_bounds(prior: Prior) -> dict[str, list[float | None]]:

@@ -198,8 +198,8 @@ def calibration_of(files: Iterable[Path]) -> dict:
 def local_check(files: Iterable[Path], t, t_observed) -> dict:
     """L-C2ST at the observation of all files together, whose tests were of `t (n, d)`.
 
-    Of the way of fitting, as `calibration_of`: where every fit is right, so are all of them together. Empty for files
-    of older versions, and for too few tests.
+    Of the mixture of the fits, as `calibration_of`: where every one is right, so are all of them together, but errors
+    that cancel are not seen. Empty for files of older versions, and for too few tests.
     """
     found = [load_npz(path) for path in files]
     if any("observed" not in f for f in found) or len(t) < LOCAL_TESTS:
@@ -231,8 +231,9 @@ def draws_under(posterior, proposal, t, key, n: int = 200) -> np.ndarray:
     else:  # draws under the prior, those under the proposal chosen among them
         theta = posterior.sample(key_draw, 5 * n, t, **settings)
         log_weight = proposal.log_prob(theta) - posterior.prior.log_prob(theta)
-        order = jnp.argsort(log_weight + jax.random.gumbel(key_choose, log_weight.shape), axis=0)[-n:]
-        samples = jnp.take_along_axis(theta, order[..., None], axis=0)
+        # With replacement: without, the last ones are where the weight is small.
+        chosen = jax.random.categorical(key_choose, log_weight, axis=0, shape=(n, log_weight.shape[1]))
+        samples = jnp.take_along_axis(theta, chosen[..., None], axis=0)
     return np.asarray(samples).swapaxes(0, 1)
 
 

@@ -87,7 +87,7 @@ class Config(MapConfig):
 PRESETS = {
     "smoke": Config(
         n_pix=16, summary="marginal_score", turns=4, n=(20,), n_scored=20, seeds=1, estimators=("NPE",),
-        scores=(("whitened", 2),), n_reference=60, coverage_n=(20,), n_coverage=20, n_samples=200, members=1, ess=20,
+        scores=(("whitened", 2),), n_reference=60, coverage_n=(20,), n_coverage=50, n_samples=200, members=1, ess=20,
         n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
@@ -173,7 +173,7 @@ def main(cfg: Config, out: Path) -> None:
         tested = np.concatenate([many["t"][_tested(cfg, many, seed)] for seed in range(cfg.seeds)])
         here = local_check(files, tested, observed[0]) if len(observed) == 1 else {}
         coverage.append(dict(estimator=name, score=score, n=n) | calibration_of(files) | here)
-    predictions = _predictions(sim, x, chain, fitted, out, run.key("fits"))
+    predictions = _predictions(sim, x, chain, fitted, out, jax.random.fold_in(run.key("summaries"), 1))
     found = dict(rows=rows, limit=limit["c2st"], frames=frames, coverage=coverage, predictions=predictions)
     write_json(out / "distances.json", found | about(sim))
     tables = {"c2st": "C2ST against the full field", "c2st_summaries": "C2ST against what the summaries hold"} | MERITS
@@ -315,10 +315,15 @@ def _at_observations(cfg: Config, posterior, proposal, many, observed, seed: int
 
 def _predictions(sim, x, chain, fitted, out: Path, key) -> list[dict]:
     """Posterior predictive checks of the full field and of the first seed's tested fits."""
-    draws = {"the full field": chain}
-    for n, score, name in fitted:
-        draws[f"{name} {score} {n}"] = load_npz(out / "fits" / f"{name}_{score}_{n}_0.draws.npz")["theta"]
-    return [{"of": of} | predicted(sim, x, theta, key) for of, theta in draws.items()]
+    cases = [(f"{name} {score} {n}", out / "fits" / f"{name}_{score}_{n}_0") for n, score, name in fitted]
+    rows = []
+    for of, fit in [("the full field", out / "full_field"), *cases]:
+        path = out / "predictions" / f"{fit.name}.json"
+        if not path.exists():
+            theta = chain if fit.name == "full_field" else load_npz(fit.with_suffix(".draws.npz"))["theta"]
+            write_json(path, predicted(sim, x, theta, key))
+        rows.append({"of": of} | read_json(path))
+    return rows
 
 
 def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, folder: Path) -> dict:

@@ -1,5 +1,6 @@
 """Trained compressions against the exact posterior of data whose summary is known, and their mistakes."""
 
+import json
 import warnings
 
 import equinox as eqx
@@ -22,6 +23,7 @@ from diffsbi.compression import (
     square_symmetry,
     torus_symmetry,
 )
+from diffsbi.compression.saving import check_probe, described, fixed_input
 from diffsbi.simulators.fields import hartley
 
 N = 1000
@@ -142,6 +144,19 @@ def test_files_know_the_head_and_the_activation(simulations, tmp_path, rows):
     np.testing.assert_array_equal(load_compressor(path, Network(jnp.tanh)).many(x), made.many(x))
     with pytest.raises(ValueError, match="Is its activation another one"):
         load_compressor(path, Network(jax.nn.relu))
+
+
+def test_what_a_network_is_probed_with_is_like_the_data():
+    rows = np.random.default_rng(1)
+    x = (3.0 + 0.1 * rows.normal(size=(50, 2, 3)), {"a": rows.normal(size=(50, 4))})
+    one = fixed_input(json.loads(json.dumps(described(x))))
+    assert isinstance(one, tuple) and one[0].shape == (2, 3) and one[1]["a"].shape == (4,)
+    assert np.all(np.abs(np.asarray(one[0]) - 3.0) < 0.5)
+    for other in (x[0].astype(int), (x[0], None), {0: x[0]}, [x[0], {"a": x[0].astype(int)}]):
+        assert described(other) is None
+    check_probe("file", [np.nan, 1.0], [np.nan, 1.001])
+    with pytest.raises(ValueError, match="another one"):
+        check_probe("file", [1.0, 1.0], [np.nan, 1.0])
 
 
 def test_scores_with_the_prior_left_in_are_noticed(simulations):

@@ -1,4 +1,4 @@
-"""The examples in docs/compression.md run as they stand, and its table names what there is."""
+"""Examples of docs/compression.md run, given what they do not make themselves; its table names what there is."""
 
 import re
 from pathlib import Path

@@ -6,13 +6,15 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 
 import diffsbi as ds
 from experiments import changed, command_line
 from experiments.curves import simulations_saved
-from experiments.lensing import MapConfig, begin, lost, published_files
+from experiments.lensing import MapConfig, begin, draws_under, local_check, lost, published_files
 
 QUICK = ("scores_lotka_volterra",)
 LONG = (
@@ -55,6 +57,34 @@ def test_the_small_preset_runs_and_resumes(name, tmp_path, capsys):
     ):
         figures = importlib.import_module(f"paper_figures.{name}").draw(tmp_path)
         assert figures and all(figure.axes for figure in (figures.values() if isinstance(figures, dict) else [figures]))
+
+
+def test_draws_under_a_proposal_have_its_weight_in_any_order():
+    """A likelihood's posterior is under the prior; a proposal half as wide makes it narrower, first and last draws."""
+
+    class Exact:
+        prior = ds.Prior({"a": dist.Normal(0.0, 10.0)})
+
+        def sample(self, key, n, t):
+            return jax.random.normal(key, (n, len(t), 1)) + jnp.asarray(t)[None]
+
+    proposal = ds.gaussian_proposal(Exact.prior, np.random.default_rng(0).normal(size=(4000, 1)), 1.0)
+    samples = draws_under(Exact(), proposal, np.zeros((600, 1)), jax.random.key(0), 50)
+    assert samples.shape == (600, 50, 1)
+    for place in (0, -1):
+        np.testing.assert_allclose(samples[:, place].std(), np.sqrt(1 / 2), rtol=4 / np.sqrt(2 * 600))
+
+
+def test_local_check_sees_a_shift_at_the_map(tmp_path):
+    rng = np.random.default_rng(0)
+    t = rng.normal(size=(400, 1))
+    theta = t + rng.normal(size=t.shape)
+    for name, shift in (("right", 0.0), ("wrong", 1.0)):
+        samples = t[:, None] + shift + rng.normal(size=(400, 3, 1))
+        np.savez(tmp_path / name, theta=theta, samples=samples, observed=shift + rng.normal(size=(300, 1)))
+    right, wrong = (local_check([tmp_path / f"{name}.npz"], t, np.zeros(1)) for name in ("right", "wrong"))
+    assert right["local_p_value"] > 0.02 and wrong["local_p_value"] < 0.02
+    assert local_check([tmp_path / "right.npz"], t[:20], np.zeros(1)) == {}
 
 
 def test_simulations_saved_is_the_factor_between_two_curves():

@@ -406,7 +406,7 @@ def test_wrong_files_are_named(tmp_path):
         load_fishnet(own, wide)
     assert load_fishnet(own, FisherSum(embedded)).network.member.embed is not None
     other = eqx.tree_at(lambda m: m.embed, embedded, eqx.nn.Sequential([embedded.embed, eqx.nn.Lambda(jnp.tanh)]))
-    same = eqx.tree_at(lambda m: m.embed, embedded, eqx.nn.Sequential([embedded.embed, eqx.nn.Lambda(jnp.sin)]))
+    same = eqx.tree_at(lambda m: m.embed, embedded, eqx.nn.Sequential([embedded.embed, eqx.nn.Lambda(jax.nn.relu)]))
     save_fishnet(random_fishnet(network=FisherSum(other)), own)
     with pytest.raises(ValueError, match="Is its activation another one"):
         load_fishnet(own, FisherSum(same))

@@ -11,6 +11,7 @@ from targets import gaussian
 import diffsbi as ds
 from diffsbi.compression import MarginalScore
 from diffsbi.inference.posterior import truncated_prior
+from diffsbi.inference.rounds import _leakage
 
 FLOW = ("smooth", {"width": 16, "depth": 1, "layers": 1, "ramps": 4})
 FIT = {"members": 1, "max_epochs": 250}
@@ -38,6 +39,26 @@ def test_rounds_end_at_the_exact_posterior(linear, observed, estimator, density,
     assert result.leakage[0] == 0.0 and len(result.leakage) == 2
     assert (result.leakage[1] == 0.0) if estimator is ds.NLE else (result.leakage[1] < 0.02)
     assert result.stop_reason == "n_rounds reached"
+
+
+def test_leakage_is_the_share_of_draws_where_nothing_was_simulated(linear, observed):
+    draws = linear.draw(jax.random.key(3), 60, latents="whitened")
+    fitted = ds.NPE(linear, gaussian).append(draws.theta, draws.x, draws.score)
+    posterior = fitted.fit(jax.random.key(0), members=1, max_epochs=2).condition(observed)
+    theta = np.asarray(posterior.sample(jax.random.key(1), 2000))
+    half = lambda t: t[:, 0] > np.median(theta[:, 0])  # noqa: E731
+    assert _leakage(posterior, theta, None, None, jax.random.key(0)) == 0.0
+    np.testing.assert_allclose(_leakage(posterior, theta, half, None, jax.random.key(0)), 0.5, atol=1e-3)
+    np.testing.assert_allclose(_leakage(posterior, theta, None, half, jax.random.key(0)), 0.5, atol=1e-3)
+    # A proposal that misses half of the posterior: the atomic correction leaves the fit there as it is.
+    proposal = starting(linear, observed)
+    result = ds.rounds(
+        linear, observed, ds.NPE(linear, gaussian, correction="atomic"), jax.random.key(1), proposal=proposal,
+        n_rounds=1, n_per_round=40, fit={"members": 1, "max_epochs": 3},
+    )  # fmt: skip
+    floor = proposal.log_prob(proposal.sample(jax.random.key(0), (4000,))).min()
+    beyond = np.mean(np.asarray(proposal.log_prob(jnp.asarray(result.samples[0]))) < floor)
+    assert result.leakage[0] >= beyond and 0 < result.leakage[0] < 1
 
 
 def test_rounds_stop_when_the_posterior_rests_and_keep_the_estimator(linear, observed):

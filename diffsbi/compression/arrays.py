@@ -12,6 +12,7 @@ from diffsbi.compression.simulations import AbstractSimulations, Pairs, Simulate
 
 _DISAGREE = 0.05  # largest difference from a finite difference, in units of its norm
 _CHECKED = 4  # rows that are compared with the simulator
+_HINT = "the order of axes (data first, parameters last) and of the parameters"
 _BLOCK = 256  # rows that are looked at at a time
 
 
@@ -65,7 +66,11 @@ def pairs(theta0, width, x, minus, plus, *, check: tuple[Callable, Key] | None =
         x: `(n_s, *x_shape)` at theta0, as in `stored`.
         minus: Of the seeds of the first n_d, `(n_d, p, *x_shape)`: `minus[:, a]` has parameter a at its lower value.
         plus: The same, upper value.
-        check: (simulate, key) where rows i are of simulate(theta, fold_in(key, i)): whether they are is then tried.
+        check: (simulate, key), to compare the first rows i with simulate(theta, fold_in(key, i)) at theta0 and at
+            both ends of each pair.
+
+    Raises:
+        ValueError: Shapes that do not fit, rows that are not finite, pairs that do not differ, or are other ones.
     """
     theta0, width = (jnp.asarray(a, jnp.result_type(float)) for a in (theta0, width))
     if width.shape != theta0.shape or not bool(jnp.all(width > 0)):
@@ -82,7 +87,8 @@ def pairs(theta0, width, x, minus, plus, *, check: tuple[Callable, Key] | None =
     if check is not None:
         change = np.asarray(plus[:_CHECKED], float) - np.asarray(minus[:_CHECKED], float)
         derivatives = np.moveaxis(change, 1, -1) / np.asarray(width)
-        check_derivatives(*check, theta0, x, derivatives, step=width / 2, name="(plus - minus) / width")
+        hint = "which of minus and plus is which, whether width is the whole distance, the order of the parameters"
+        check_derivatives(*check, theta0, x, derivatives, step=width / 2, what=("(plus - minus) / width", hint))
     return _streamed_or_not(Pairs, dict(theta0=theta0, width=width), x, (minus, plus))
 
 
@@ -107,7 +113,7 @@ def simulated(
     return Simulated(simulate=simulate, theta0=theta0, n_s=n_s, n_d=n_d, x_shape=shape, key=key)
 
 
-def check_derivatives(simulate, key: Key, theta0, x, dx, *, step=None, name: str = "dx") -> None:
+def check_derivatives(simulate, key: Key, theta0, x, dx, *, step=None, what=("dx[..., a]", _HINT)) -> None:
     """Raise `ValueError` unless the first rows of `x` are the simulator's, and of `dx` its central differences."""
     n = min(_CHECKED, len(dx))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
@@ -126,9 +132,9 @@ def check_derivatives(simulate, key: Key, theta0, x, dx, *, step=None, name: str
         error = np.linalg.norm(derivatives[..., a] - expected)
         if error > _DISAGREE * max(np.linalg.norm(expected), 1e-3 * np.std(values)):
             raise ValueError(
-                f"Expected {name}[..., {a}] to be the derivative with respect to parameter {a}; it differs by "
-                f"{error:.3g} from the simulator's finite difference, of norm {np.linalg.norm(expected):.3g}. Look at "
-                "the order of axes (data first, parameters last), of the parameters, and whether draws jump with theta."
+                f"Expected {what[0]} to be the derivative with respect to parameter {a}; it differs by {error:.3g} "
+                f"from the simulator's finite difference, of norm {np.linalg.norm(expected):.3g}. Look at {what[1]}, "
+                "and whether draws jump with theta."
             )
 
 
@@ -140,7 +146,11 @@ def check_different(train: AbstractSimulations, validation: AbstractSimulations)
         same = train.key is not None and validation.key is not None and bool(train.key == validation.key)
         shared = validation.n_s if same else 0
     else:
-        shared = shared_rows([_own_rows(train)], [_own_rows(validation)])
+        known, held_out = (_own_digests(s) for s in (train, validation))
+        shared = sum(digest in set(known) for digest in held_out)
+        # Rows of few values coincide by chance: then only all of them say something.
+        by_chance = len(set(known)) < len(known) or len(set(held_out)) < len(held_out)
+        shared = shared if shared == len(held_out) or not by_chance else 0
     if shared:
         raise ValueError(
             f"Expected validation simulations of other seeds than the training ones; {shared} are the same, and would "
@@ -150,13 +160,13 @@ def check_different(train: AbstractSimulations, validation: AbstractSimulations)
 
 def shared_rows(train, held_out) -> int:
     """How many rows of the arrays `held_out` are rows of the arrays `train` as well."""
+    known = set(_digests(*train))
+    return sum(digest in known for digest in _digests(*held_out))
 
-    def digests(arrays):
-        rows = zip(*map(np.asarray, arrays), strict=True)
-        return [hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in row)).digest() for row in rows]
 
-    known = set(digests(train))
-    return sum(digest in known for digest in digests(held_out))
+def _digests(*arrays) -> list[bytes]:
+    rows = zip(*map(np.asarray, arrays), strict=True)
+    return [hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in row)).digest() for row in rows]
 
 
 def check_size(simulations: AbstractSimulations, m: int, what: str) -> None:
@@ -184,12 +194,12 @@ def _streamed_or_not(kind, fields, x, with_derivatives):
     return kind(data=((x[:n_d], *rest), x[n_d:]), **fields, **counts)
 
 
-def _own_rows(simulations) -> np.ndarray:
+def _own_digests(simulations) -> list[bytes]:
     if isinstance(simulations, Streamed):
         n = min(_BLOCK, simulations.n_s)
-        return simulations.read(np.arange(n), 1)[0].astype(simulations.theta0.dtype)
+        return _digests(simulations.read(np.arange(n), 1)[0].astype(simulations.theta0.dtype))
     (x, *_), rest = simulations.data
-    return np.concatenate([x, rest])
+    return _digests(x) + _digests(rest)
 
 
 def _check_counts(n_s: int, n_d: int) -> None:

@@ -188,7 +188,7 @@ def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
 
 def _probed(network: AbstractSetNetwork, event) -> list[float]:
     """What the network says of a fixed set."""
-    members = fixed_input([_PROBED, *event])
+    members = fixed_input([(_PROBED, *event), 0.0, 1.0])
     score, fisher = network.pooled(network.members(members), jnp.ones(_PROBED, bool))
     return [*np.asarray(score, float).tolist(), *np.asarray(fisher, float).ravel().tolist()]
 

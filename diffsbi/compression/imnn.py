@@ -244,7 +244,7 @@ class FittedIMNN(eqx.Module):
             "measures": {name: values.tolist() for name, values in self.history.measures.items()},
         }
         account = {"log_det_error": self.log_det_error, "validate_every": self.validate_every, "history": series}
-        probe = np.asarray(self.summaries(fixed_input(self.x_shape)), float).tolist()
+        probe = np.asarray(self.summaries(fixed_input([self.x_shape, 0.0, 1.0])), float).tolist()
         sizes = {"x_shape": list(self.x_shape), "p": len(self.theta0), "m": len(self.mean), "probe": probe}
         save_module(path, "IMNN", self._arrays(), sizes | account)
 
@@ -267,7 +267,7 @@ class FittedIMNN(eqx.Module):
         history = header["history"] and History(**_as_arrays(header["history"]))
         account = {"log_det_error": header["log_det_error"], "validate_every": header["validate_every"]}
         found = cls(network, theta0, mean, matrix, fisher, shape, history=history, **account)
-        check_probe(path, found.summaries(fixed_input(shape)), header["probe"])
+        check_probe(path, found.summaries(fixed_input([shape, 0.0, 1.0])), header["probe"])
         return found
 
 

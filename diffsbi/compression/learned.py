@@ -14,7 +14,7 @@ import numpy as np
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.losses import LOSSES, AbstractLoss
-from diffsbi.compression.saving import check_probe, fixed_input, load_module, read_header, save_module, shapes_of
+from diffsbi.compression.saving import check_probe, described, fixed_input, load_module, read_header, save_module
 from diffsbi.inference.checks import score_warnings
 from diffsbi.inference.losses import likelihood_score, prior_score, score_outliers, zero_at_first
 from diffsbi.inference.proposals import Proposals
@@ -25,6 +25,7 @@ from diffsbi.prior import Prior
 SMALLEST_N = 20
 _KIND = "diffsbi compressor"
 _BOUND = 5.0  # of a whitened feature
+_WIDTH = 64  # hidden units of the head g, where nothing is said
 _ROWS = 64  # rows that a network takes at once, outside training
 Augment = Callable[[Key, Any], Any]
 
@@ -48,7 +49,7 @@ class Compressor(eqx.Module):
     lower: Float[Array, "p p"]
     history: History | None = None
     n_simulations: int = eqx.field(static=True, default=0)
-    x_shapes: str = eqx.field(static=True, default="null")
+    x_like: str = eqx.field(static=True, default="null")  # `described` rows, as JSON: static fields are hashed
 
     def __call__(self, x) -> Float[Array, " p"]:
         """t of one data set (any arrays the network takes)."""
@@ -74,10 +75,10 @@ class Compressor(eqx.Module):
 
     def save(self, path) -> None:
         """Write the arrays with a checksum; `load_compressor` reads them into a network of the same architecture."""
-        shapes = json.loads(self.x_shapes)
-        probe = None if shapes is None else np.asarray(self(fixed_input(shapes)), float).tolist()
+        like = json.loads(self.x_like)
+        probe = None if like is None else np.asarray(self(fixed_input(like)), float).tolist()
         sizes = {"features": len(self.loc), "parameters": len(self.lower), "width": self.correction.width_size}
-        about = {"n_simulations": self.n_simulations, "x_shapes": self.x_shapes, "probe": probe}
+        about = {"n_simulations": self.n_simulations, "x_like": like, "probe": probe}
         save_module(path, _KIND, dataclasses.replace(self, history=None), sizes | about)
 
 
@@ -86,15 +87,16 @@ def load_compressor(path, network) -> Compressor:
 
     Raises:
         ValueError: For another kind of file, a damaged one, or another architecture, naming the first difference: in
-            the shapes of its arrays, or in what it makes of a fixed input (another activation has the same shapes).
+            the shapes of its arrays, or in what it makes of a fixed input (another activation has the same shapes; not
+            for data that hold anything but float arrays in tuples, lists and dictionaries).
     """
     header, about, payload = read_header(path, _KIND)
-    like = _empty(jax.random.key(0), network, header["features"], header["parameters"], header.get("width", 64))
-    shapes = header.get("x_shapes", "null")  # files of older versions have neither
-    known = dict(n_simulations=header["n_simulations"], x_shapes=shapes)
+    like = _empty(jax.random.key(0), network, header["features"], header["parameters"], header.get("width", _WIDTH))
+    x_like = header.get("x_like")  # files of older versions have neither this nor a width
+    known = dict(n_simulations=header["n_simulations"], x_like=json.dumps(x_like))
     loaded = dataclasses.replace(load_module(path, about, payload, like), **known)
-    if header.get("probe") is not None:
-        check_probe(path, loaded(fixed_input(json.loads(shapes))), header["probe"])
+    if x_like is not None:
+        check_probe(path, loaded(fixed_input(x_like)), header["probe"])
     return loaded
 
 
@@ -111,7 +113,7 @@ def fit_compressor(
     augment: Augment | None = None,
     validation: tuple | None = None,
     validation_fraction: float = 0.1,
-    width: int = 64,
+    width: int = _WIDTH,
     max_epochs: int = 100,
     batch_size: int = 64,
     patience: int = 20,
@@ -164,7 +166,7 @@ def fit_compressor(
     features = _features(network, train["x"])
     if "own" in train:
         of_prior = prior_score(prior, prior.from_unconstrained(jnp.asarray(train["u"])))
-        for message in score_warnings(prior.names, train["u"], features, train["own"], of_prior):
+        for message in score_warnings(prior.names, train["u"], _without_tails(features), train["own"], of_prior):
             warnings.warn(message, stacklevel=2)
     compressor, train, held_out = _linear_start(key_correction, network, features, train, held_out, width)
     extra = loss.head(key_loss, len(compressor.loc), train)
@@ -176,8 +178,8 @@ def fit_compressor(
     )  # fmt: skip
     (compressor, _), history = fit(key_fit, (compressor, extra), train, held_out, objective, **options)
     count = n + (0 if validation is None else len(held_out["v"]))
-    shapes = json.dumps(shapes_of(jax.tree.map(lambda a: a[0], train["x"])))
-    return dataclasses.replace(compressor, history=history, n_simulations=count, x_shapes=shapes)
+    x_like = json.dumps(described(train["x"]))
+    return dataclasses.replace(compressor, history=history, n_simulations=count, x_like=x_like)
 
 
 class _Objective(eqx.Module):

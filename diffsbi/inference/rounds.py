@@ -21,7 +21,6 @@ from diffsbi.prior import Prior
 from diffsbi.store import create_store
 
 Summary = Callable[[Array], Array]
-Inside = Callable[[Any], Any] | None
 
 
 class Rounds(eqx.Module):
@@ -33,8 +32,9 @@ class Rounds(eqx.Module):
         samples: Draws of theta of each round, `(rounds, n, p)`.
         moved: For each round after the first, the largest change of a mean (in widths) or of a log-width.
         leakage: For each round, the share of the fitted density where there were no simulations: outside the region
-            that they were drawn from, or cut off (`ReweightedPosterior.leakage`). 0 for likelihoods and ratios, and
-            for the whole prior, whose support no density leaves.
+            that they were drawn from (TSNPE), or where the mixture of proposals is smaller than at any of them, which
+            is cut off where the correction is "reweight" (`ReweightedPosterior.leakage`). 0 for likelihoods and
+            ratios, and for the whole prior, whose support no density leaves.
         simulations: Simulations of all rounds.
         stop_reason: Why it ended.
     """
@@ -142,7 +142,7 @@ def rounds(
     samples: list[np.ndarray] = []
     moved: list[float] = []
     leaked: list[float] = []
-    inside: Inside = None
+    inside: Callable[[Any], Any] | None = None
     reason = "n_rounds reached"
     for r, key_round in enumerate(jax.random.split(key, n_rounds)):
         key_theta, key_draw, key_fit, key_sample = jax.random.split(key_round, 4)
@@ -167,7 +167,8 @@ def rounds(
         posteriors.append(fitted.fit(key_fit, **(fit or {})).condition(observed))
         summaries.append(summary)
         samples.append(np.asarray(posteriors[-1].sample(key_sample, n_samples)))
-        leaked.append(_leakage(posteriors[-1], samples[-1], inside, key_sample))
+        beyond = _beyond(fitted, parts)
+        leaked.append(_leakage(posteriors[-1], samples[-1], inside, beyond, jax.random.fold_in(key_sample, 1)))
         if r > 0:
             moved.append(_motion(samples[-2], samples[-1]))
             if moved[-1] < tolerance:
@@ -284,9 +285,22 @@ def _centre(prior: Prior, theta) -> Array:
     return prior.from_unconstrained(jnp.asarray(prior.unconstrained_moments(theta)[0], jnp.result_type(float)))
 
 
-def _leakage(posterior: FittedPosterior, theta: np.ndarray, inside: Inside, key: Key) -> float:
+def _beyond(estimator: Estimator, parts: list[_Part]) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Where there were no simulations, had these a proposal: theta (n, p) → (n,)."""
+    proposals = estimator._proposals()
+    if proposals is None:
+        return None
+    proposals = proposals.with_floor(np.concatenate([part.theta[part.used] for part in parts]))
+    return lambda theta: np.isneginf(proposals.log_weight(jnp.asarray(theta)))
+
+
+def _leakage(posterior: FittedPosterior, theta: np.ndarray, inside, beyond, key: Key) -> float:
     if isinstance(posterior, ReweightedPosterior):
         return float(posterior.leakage(key))
+    if not isinstance(posterior, DensityPosterior):
+        return 0.0
+    if beyond is not None:
+        return float(np.mean(beyond(theta)))
     return 0.0 if inside is None else float(1 - np.mean(inside(theta)))
 
 
