@@ -10,6 +10,7 @@ import pytest
 
 from diffsbi.comparison import outside_training
 from diffsbi.inference import NLE, NPE, gaussian_proposal, load_posterior
+from diffsbi.inference.checks import outlier_warnings
 from diffsbi.prior import Prior
 
 SMALL = {"layers": 1, "width": 4, "depth": 1}
@@ -107,6 +108,19 @@ def test_posteriors_without_a_range_are_left_alone(posterior):
 
     old = dataclasses.replace(posterior, config_json="{}")
     assert warned(lambda: old.condition(jnp.asarray([99.0, 100.5, 7.0]))) == []
+
+
+def test_rows_that_decide_the_standardisation_are_named():
+    rng = np.random.default_rng(0)
+    x = rng.standard_t(3, size=(400, 2))  # heavy tails alone are no reason
+    assert outlier_warnings(x) == []
+    x[7, 1] = 2e4
+    (warning,) = outlier_warnings(x)
+    assert "1 of 400 rows of x" in warning and "row 7, column 1: 2e+04" in warning
+    assert outlier_warnings(np.c_[np.zeros(400), x[:, 0]]) == []  # a column that mostly does not vary
+    theta = np.asarray(PRIOR.sample(jax.random.key(0), (400,)))
+    with pytest.warns(UserWarning, match="they decide the standardisation"):
+        NPE(PRIOR, density_options=SMALL).append(theta, x).fit(jax.random.key(0), members=1, max_epochs=1)
 
 
 def test_the_report_warns_of_numbers_that_only_together_are_unlike_the_simulations():

@@ -9,6 +9,24 @@ from diffsbi.inference.standardise import ridge_regression, whitening
 
 _SIGNIFICANT = 5.0  # standard errors
 _LEAST_ROWS = 50
+_TOO_FAR = 300.0  # robust standard deviations
+
+
+def outlier_warnings(x: Float[Array, "n d"]) -> list[str]:
+    """Rows so far from all others that they decide the location and scale by which a fit standardises its data."""
+    data = np.asarray(x, float)
+    centre = np.median(data, 0)
+    spread = 1.4826 * np.median(np.abs(data - centre), 0)
+    distance = np.where(spread > 0, np.abs(data - centre) / np.where(spread > 0, spread, 1.0), 0.0)
+    rows = np.flatnonzero((distance > _TOO_FAR).any(1))
+    if len(data) < _LEAST_ROWS or not len(rows):
+        return []
+    row, column = np.unravel_index(int(distance.argmax()), distance.shape)
+    return [
+        f"{len(rows)} of {len(data)} rows of x lie more than {_TOO_FAR:g} robust standard deviations from the median "
+        f"(row {row}, column {column}: {data[row, column]:.3g}, the median {centre[column]:.3g}): they decide the "
+        "standardisation of all rows. Leave them out, or give x with shorter tails (its logarithm, arcsinh)."
+    ]
 
 
 def score_warnings(

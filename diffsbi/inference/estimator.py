@@ -16,7 +16,7 @@ from flowjax.distributions import AbstractDistribution, StandardNormal, Transfor
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.flows import FLOWS, is_smooth
 from diffsbi.flows.affine import ConditionalAffine, with_linear_part
-from diffsbi.inference.checks import score_warnings
+from diffsbi.inference.checks import outlier_warnings, score_warnings
 from diffsbi.inference.losses import (
     AbstractScoreLoss,
     FirstTerm,
@@ -221,6 +221,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         messages: list[str] = []
 
         def prepare(theta, x, score):
+            messages.extend(outlier_warnings(x))
             if score is not None:
                 messages.extend(self._score_warnings(theta, x, score))
             correct = self._correction(jnp.asarray(theta, jnp.result_type(float)))
