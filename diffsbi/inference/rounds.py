@@ -167,8 +167,8 @@ def rounds(
         posteriors.append(fitted.fit(key_fit, **(fit or {})).condition(observed))
         summaries.append(summary)
         samples.append(np.asarray(posteriors[-1].sample(key_sample, n_samples)))
-        beyond = _beyond(fitted, parts)
-        leaked.append(_leakage(posteriors[-1], samples[-1], inside, beyond, jax.random.fold_in(key_sample, 1)))
+        key_leak = jax.random.fold_in(key_sample, 1)
+        leaked.append(_leakage(posteriors[-1], samples[-1], inside, _beyond(fitted), key_leak))
         if r > 0:
             moved.append(_motion(samples[-2], samples[-1]))
             if moved[-1] < tolerance:
@@ -285,12 +285,12 @@ def _centre(prior: Prior, theta) -> Array:
     return prior.from_unconstrained(jnp.asarray(prior.unconstrained_moments(theta)[0], jnp.result_type(float)))
 
 
-def _beyond(estimator: Estimator, parts: list[_Part]) -> Callable[[np.ndarray], np.ndarray] | None:
+def _beyond(estimator: Estimator) -> Callable[[np.ndarray], np.ndarray] | None:
     """Where there were no simulations, had these a proposal: theta (n, p) → (n,)."""
     proposals = estimator._proposals()
     if proposals is None:
         return None
-    proposals = proposals.with_floor(np.concatenate([part.theta[part.used] for part in parts]))
+    proposals = proposals.with_floor(np.concatenate([np.asarray(part.theta[:]) for part in estimator._rows]))
     return lambda theta: np.isneginf(proposals.log_weight(jnp.asarray(theta)))
 
 
