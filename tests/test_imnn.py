@@ -340,9 +340,7 @@ def test_bad_input_is_named_before_work():
     check = simulate, jax.random.key(3)
     stored(THETA, x, dx, check=check)
     for wrong, parameter in ((dx[..., ::-1], 0), (np.swapaxes(dx, -1, -2), 0), (0.8 * dx, 0)):
-        with pytest.raises(
-            ValueError, match=rf"dx\[..., a\] to be the derivative with respect to parameter {parameter}; .* axes"
-        ):
+        with pytest.raises(ValueError, match=rf"dx\[..., {parameter}\] to be the derivative .* order of axes"):
             stored(THETA, x, wrong, check=check)
     with pytest.raises(ValueError, match="row i of x to be simulate"):
         stored(THETA, x[::-1], dx, check=check)
@@ -368,7 +366,7 @@ def test_bad_input_is_named_before_work():
         IMNN.from_derivatives(Small(), THETA, few, few)
     pairs(THETA, np.full(2, 1e-4), x, minus, plus, check=check)
     for wrong, width in (((plus, minus), 1e-4), ((minus[:, ::-1], plus[:, ::-1]), 1e-4), ((minus, plus), 2e-4)):
-        with pytest.raises(ValueError, match=r"\(plus - minus\) / width to be the derivative .* parameter 0"):
+        with pytest.raises(ValueError, match=r"\(plus - minus\)\[:, 0\] / width to be the derivative .* parameter 0"):
             pairs(THETA, np.full(2, width), x, *wrong, check=check)
     with pytest.raises(ValueError, match="n_summaries . 3 = 5 n_refit simulations .*; got 4"):
         quick(Small()).fit(jax.random.key(0), n_refit=4)

@@ -88,7 +88,7 @@ def pairs(theta0, width, x, minus, plus, *, check: tuple[Callable, Key] | None =
         change = np.asarray(plus[:_CHECKED], float) - np.asarray(minus[:_CHECKED], float)
         derivatives = np.moveaxis(change, 1, -1) / np.asarray(width)
         hint = "which of minus and plus is which, whether width is the whole distance, the order of the parameters"
-        check_derivatives(*check, theta0, x, derivatives, step=width / 2, what=("(plus - minus) / width", hint))
+        check_derivatives(*check, theta0, x, derivatives, step=width / 2, what=("(plus - minus)[:, {}] / width", hint))
     return _streamed_or_not(Pairs, dict(theta0=theta0, width=width), x, (minus, plus))
 
 
@@ -113,7 +113,7 @@ def simulated(
     return Simulated(simulate=simulate, theta0=theta0, n_s=n_s, n_d=n_d, x_shape=shape, key=key)
 
 
-def check_derivatives(simulate, key: Key, theta0, x, dx, *, step=None, what=("dx[..., a]", _HINT)) -> None:
+def check_derivatives(simulate, key: Key, theta0, x, dx, *, step=None, what=("dx[..., {}]", _HINT)) -> None:
     """Raise `ValueError` unless the first rows of `x` are the simulator's, and of `dx` its central differences."""
     n = min(_CHECKED, len(dx))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
@@ -132,9 +132,9 @@ def check_derivatives(simulate, key: Key, theta0, x, dx, *, step=None, what=("dx
         error = np.linalg.norm(derivatives[..., a] - expected)
         if error > _DISAGREE * max(np.linalg.norm(expected), 1e-3 * np.std(values)):
             raise ValueError(
-                f"Expected {what[0]} to be the derivative with respect to parameter {a}; it differs by {error:.3g} "
-                f"from the simulator's finite difference, of norm {np.linalg.norm(expected):.3g}. Look at {what[1]}, "
-                "and whether draws jump with theta."
+                f"Expected {what[0].format(a)} to be the derivative with respect to parameter {a}; it differs by "
+                f"{error:.3g} from the simulator's finite difference, of norm {np.linalg.norm(expected):.3g}. Look at "
+                f"{what[1]}, and whether draws jump with theta."
             )
 
 
@@ -147,9 +147,10 @@ def check_different(train: AbstractSimulations, validation: AbstractSimulations)
         shared = validation.n_s if same else 0
     else:
         known, held_out = (_own_digests(s) for s in (train, validation))
-        shared = sum(digest in set(known) for digest in held_out)
+        distinct = set(known)
+        shared = sum(digest in distinct for digest in held_out)
         # Rows of few values coincide by chance: then only all of them say something.
-        by_chance = len(set(known)) < len(known) or len(set(held_out)) < len(held_out)
+        by_chance = len(distinct) < len(known) or len(set(held_out)) < len(held_out)
         shared = shared if shared == len(held_out) or not by_chance else 0
     if shared:
         raise ValueError(

@@ -290,8 +290,12 @@ def _beyond(estimator: Estimator) -> Callable[[np.ndarray], np.ndarray] | None:
     proposals = estimator._proposals()
     if proposals is None:
         return None
-    proposals = proposals.with_floor(np.concatenate([np.asarray(part.theta[:]) for part in estimator._rows]))
-    return lambda theta: np.isneginf(proposals.log_weight(jnp.asarray(theta)))
+
+    def beyond(theta):
+        drawn = np.concatenate([np.asarray(part.theta[:]) for part in estimator._rows])
+        return np.isneginf(proposals.with_floor(drawn).log_weight(jnp.asarray(theta)))
+
+    return beyond
 
 
 def _leakage(posterior: FittedPosterior, theta: np.ndarray, inside, beyond, key: Key) -> float:
