@@ -110,7 +110,7 @@ def test_posteriors_without_a_range_are_left_alone(posterior):
     assert warned(lambda: old.condition(jnp.asarray([99.0, 100.5, 7.0]))) == []
 
 
-def test_rows_that_decide_the_standardisation_are_named():
+def test_rows_far_from_all_others_are_named():
     rng = np.random.default_rng(0)
     x = rng.standard_t(3, size=(400, 2))  # heavy tails alone are no reason
     assert outlier_warnings(x) == []
@@ -119,7 +119,7 @@ def test_rows_that_decide_the_standardisation_are_named():
     assert "1 of 400 rows of x" in warning and "row 7, column 1: 2e+04" in warning
     assert outlier_warnings(np.c_[np.zeros(400), x[:, 0]]) == []  # a column that mostly does not vary
     theta = np.asarray(PRIOR.sample(jax.random.key(0), (400,)))
-    with pytest.warns(UserWarning, match="they decide the standardisation"):
+    with pytest.warns(UserWarning, match="they do not decide the fit"):
         NPE(PRIOR, density_options=SMALL).append(theta, x).fit(jax.random.key(0), members=1, max_epochs=1)
 
 

@@ -37,6 +37,7 @@ from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.rows import Columns, Joined, Part, checked_part, len_of, where
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
 from diffsbi.inference.streams import InMemory, Stream, first_of, is_many
+from diffsbi.inference.tails import Tails, drawn_in, fit_tails
 from diffsbi.inference.training import History, fit, schedule
 from diffsbi.inference.weighting import validation_weights
 from diffsbi.prior import Prior
@@ -221,25 +222,31 @@ class Estimator(abc.ABC, Generic[Fitted]):
         messages: list[str] = []
 
         def prepare(theta, x, score):
-            messages.extend(outlier_warnings(x))
+            tails = self._tails(x)
+            messages.extend(outlier_warnings(x, tails is not None))
             if score is not None:
-                messages.extend(self._score_warnings(theta, x, score))
+                messages.extend(self._score_warnings(theta, drawn_in(tails, x), score))
             correct = self._correction(jnp.asarray(theta, jnp.result_type(float)))
-            return lambda *rows: self._columns(correct, *rows)
+            return tails, lambda *rows: self._columns(correct, tails, *rows)
 
         rows: InMemory | Stream
         if is_many(*arrays):
             rows = Stream(*arrays, prepare)
         else:
             everything = [None if a is None else a[:] for a in arrays]
-            rows = InMemory(prepare(*everything)(*everything))
+            tails, columns = prepare(*everything)
+            rows = InMemory(columns(*everything), tails)
         for message in messages:
             warnings.warn(message, stacklevel=3)
         return rows
 
-    def _columns(self, correct, theta, x, score) -> Columns:
-        """Rows in unconstrained space."""
-        theta, x = (jnp.asarray(a, jnp.result_type(float)) for a in (theta, x))
+    def _tails(self, x: Float[Array, "n d"]) -> Tails | None:
+        """How rows of x that are far from all others are drawn in."""
+        return fit_tails(x)
+
+    def _columns(self, correct, tails: Tails | None, theta, x, score) -> Columns:
+        """Rows in unconstrained space, x with its tails drawn in."""
+        theta, x = jnp.asarray(theta, jnp.result_type(float)), drawn_in(tails, x)
         rows = {"u": unconstrained(self.prior, theta), "x": x}
         if score is not None:
             of_likelihood = likelihood_score(self.prior, theta, jnp.asarray(score, jnp.result_type(float)))

@@ -11,6 +11,7 @@ import numpy as np
 from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
 from diffsbi.inference.estimator import Estimator
 from diffsbi.inference.posterior import FittedPosterior, Member, enough_memory, mixture_log_prob, within_support
+from diffsbi.inference.tails import tails_of
 from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, hmc, nuts
 
@@ -34,7 +35,11 @@ class LikelihoodPosterior(FittedPosterior):
         check_trailing("theta", theta, (self.prior.dim,))
         theta = jnp.asarray(theta, jnp.result_type(float))
         members, weights = self._mixture()
-        return mixture_log_prob(members, self._data(x), self.prior.to_unconstrained(theta), weights)
+        value = mixture_log_prob(members, self._data(x), self.prior.to_unconstrained(theta), weights)
+        tails = tails_of(self.config_json)
+        if tails is None or self.config["estimator"] == "NRE":  # which has the slope in neither density
+            return value
+        return value + jnp.broadcast_to(tails.log_slope(self._checked(x)), value.shape)
 
     def log_prob(self, theta: Float[Array, "*n p"], x: Float[Array, "*n d"] | None = None) -> Float[Array, "*n"]:
         r"""$\log p(\theta) + \log q(x | \theta)$, the posterior up to a constant; −inf outside the prior's support."""

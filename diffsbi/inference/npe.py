@@ -92,8 +92,11 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
     def _roles(self, rows):
         return rows["u"], rows["x"]
 
-    def _columns(self, correct, theta, x, score):
-        rows = super()._columns(correct, theta, x, score)
+    def _tails(self, x):
+        return super()._tails(x) if self.frame is None else None  # frames are read off x as it is; see `fit_in_frames`
+
+    def _columns(self, correct, tails, theta, x, score):
+        rows = super()._columns(correct, tails, theta, x, score)
         if self.frame is None:
             return rows
         u, x = jnp.asarray(rows["u"]), jnp.asarray(rows["x"])

@@ -17,6 +17,7 @@ from diffsbi._types import Array, Float, Key, check_finite, check_key, check_tra
 from diffsbi.inference.frames import LocalFrame
 from diffsbi.inference.memory import explained
 from diffsbi.inference.standardise import Standardiser
+from diffsbi.inference.tails import drawn_in, tails_of
 from diffsbi.inference.training import History
 from diffsbi.prior import Prior
 
@@ -107,7 +108,7 @@ class FittedPosterior(eqx.Module):
 
     def condition(self, x: Float[Array, " d"]) -> Self:
         """The same posterior with `x` as its default data."""
-        return eqx.tree_at(lambda p: p.default_x, self, self._data(x), is_leaf=lambda v: v is None)
+        return eqx.tree_at(lambda p: p.default_x, self, self._checked(x), is_leaf=lambda v: v is None)
 
     @abc.abstractmethod
     def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None) -> Float[Array, "n *m p"]:
@@ -133,6 +134,10 @@ class FittedPosterior(eqx.Module):
         save_posterior(self, path)
 
     def _data(self, x) -> Array:
+        """What the members take for x."""
+        return drawn_in(tails_of(self.config_json), self._checked(x))
+
+    def _checked(self, x) -> Array:
         x = self.default_x if x is None else x
         if x is None:
             raise ValueError("Expected data x=..., or a posterior with default data from .condition(x); got neither.")

@@ -6,6 +6,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from diffsbi._types import Array, Float
+from diffsbi.inference.tails import drawn_in, fit_tails
 
 _RIDGES = np.logspace(-3, 5, 33)
 _FLOOR = 1e-6  # smallest eigenvalue of the data's correlation matrix that is still whitened
@@ -17,7 +18,8 @@ class Standardiser(eqx.Module):
     W whitens the data, A is the ridge regression of u on c, and $L L^T$ the covariance of its leave-one-out
     residuals: v has unit variance and, for a linear Gaussian model, v | c is exactly standard normal.
 
-    With a `bound` b, c is $b \tanh(c / b)$ of that: no data are farther out than b standard deviations.
+    With a `bound` b, c is $b \tanh(c / b)$ of that: no data are farther out than b standard deviations; and rows in
+    long tails (`Tails`) are drawn in for the mean and W.
     """
 
     x_loc: Float[Array, " d"]
@@ -61,7 +63,8 @@ class Standardiser(eqx.Module):
 def fit_standardiser(u, x, bound: float | None = None) -> Standardiser:
     """The `Standardiser` of the rows `u (n, p)` and `x (n, d)`; the ridge is the one of least leave-one-out error."""
     u, x = np.asarray(u, np.float64), np.asarray(x, np.float64)
-    x_loc, whiten = whitening(x)
+    near = x if bound is None else np.asarray(drawn_in(fit_tails(x), x), np.float64)
+    x_loc, whiten = whitening(near)
     c = (x - x_loc) @ whiten.T
     c = c if bound is None else bound * np.tanh(c / bound)
     u_loc = u.mean(0)

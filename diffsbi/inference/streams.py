@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Key
 from diffsbi.inference.losses import score_outliers
 from diffsbi.inference.rows import Columns, block_size, len_of
+from diffsbi.inference.tails import Tails
 from diffsbi.inference.training import split_rows
 
 MOST_ROWS = 2**18
@@ -54,8 +56,8 @@ def moved(data: dict[str, Array] | Blocks, function: Callable[[dict[str, Array]]
 class InMemory:
     """Unconstrained rows, all of them; an epoch passes over all that are trained on."""
 
-    def __init__(self, columns: Columns):
-        self.columns = columns
+    def __init__(self, columns: Columns, tails: Tails | None = None):
+        self.columns, self._tails = columns, tails
         if "score" in columns:
             columns["use"] = 1 - score_outliers(columns["score"]).astype(columns["score"].dtype)
 
@@ -64,10 +66,9 @@ class InMemory:
         return len(self.columns["u"])
 
     def account(self) -> dict[str, Any]:
-        """Least and largest data, and how many scores are left out."""
+        """Least and largest data, how many scores are left out, and how long tails are drawn in."""
         x, use = self.columns["x"], self.columns.get("use")
-        left_out = 0 if use is None else int(len(use) - use.sum())
-        return {"x_range": [x.min(0).tolist(), x.max(0).tolist()], "scores_left_out": left_out}
+        return _account(x.min(0), x.max(0), 0 if use is None else len(use) - use.sum(), self._tails)
 
     def split(self, key: Key, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Indices of rows to train on, and of those that are held out."""
@@ -97,10 +98,11 @@ class Stream:
 
     Args:
         theta, x, score: What can be sliced; score may be None.
-        prepare: Rows (theta, x, score) to learn from → the function from rows to unconstrained columns.
+        prepare: Rows (theta, x, score) to learn from → (how tails of x are drawn in, the function from rows to
+            unconstrained columns).
     """
 
-    def __init__(self, theta, x, score, prepare: Callable[..., Callable[..., Columns]]):
+    def __init__(self, theta, x, score, prepare: Callable[..., tuple[Tails | None, Callable[..., Columns]]]):
         self._arrays = (theta, x, score)
         size = block_size(*self._arrays)
         self._run = int(np.clip(size // _LEAST_RUNS, 1, _MOST_RUN))
@@ -108,7 +110,7 @@ class Stream:
         self.few = max(1, self._per_block // 4)
         chosen = np.random.default_rng(0).permutation(self.n_runs)[: self.few]
         sample = self._read(np.sort(chosen))
-        self._columns = prepare(*sample)
+        self._tails, self._columns = prepare(*sample)
         self._of_scores = self._columns(*sample).get("score")
         self._account = self._checked()
 
@@ -167,4 +169,13 @@ class Stream:
             columns = self.take(np.arange(start, min(start + self._per_block, self.n_runs)))
             low, high = np.minimum(low, columns["x"].min(0)), np.maximum(high, columns["x"].max(0))
             left_out += int(np.sum(1 - columns["use"])) if "use" in columns else 0
-        return {"x_range": [low.tolist(), high.tolist()], "scores_left_out": left_out}
+        return _account(low, high, left_out, self._tails)
+
+
+def _account(low: np.ndarray, high: np.ndarray, left_out, tails: Tails | None) -> dict[str, Any]:
+    if tails is None:
+        limits = [low.tolist(), high.tolist()]
+    else:
+        limits = np.asarray(tails.let_out(jnp.stack([jnp.asarray(low), jnp.asarray(high)]))).tolist()
+    account = {"x_range": limits, "scores_left_out": int(left_out)}
+    return account if tails is None else account | {"tails": tails.described()}
