@@ -1,17 +1,19 @@
-"""Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and five others.
+"""Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and six others.
 
 One simulated LSST-Y10 map, parameters from its power-spectrum posterior. Every loss trains the same convolutional
 network on the same `n` simulations, "vmim" and "score" with their scores; "imnn" spends as many at the proposal's
 centre, a derivative counted as p of them. "hybrid" is that network beside binned spectra, moments and peaks,
 "statistics" those alone, "wavelets" the wavelet statistics alone, all three by the VMIM loss; "latent_scores" (two
-gradients a map) and "marginal_score" (a chain) need neither network nor simulation. Then NPE learns the posterior of
-the compressed numbers from `n_inference` other simulations, the same ones for each, without scores.
+gradients a map), "score_change" (these and their change along w_0, six) and "marginal_score" (a chain) need neither
+network nor simulation. Then NPE learns the posterior of the compressed numbers from `n_inference` other simulations,
+the same ones for each, without scores.
 
 Compared are the mean log-density of the parameters of `n_test` further simulations given their numbers (information,
 in nats), and for the one map C2ST and figures of merit against the converged full-field chain.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from pathlib import Path
@@ -31,6 +33,7 @@ from diffsbi.compression import (
     LatentScores,
     MapNetwork,
     MarginalScore,
+    ScoreChange,
     fit_compressor,
     torus_symmetry,
 )
@@ -39,7 +42,7 @@ from experiments.curves import print_table
 from experiments.lensing import MERITS, MapConfig, about, begin, distances, in_blocks, merits, spectrum_proposal
 
 LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
-FREE = ("latent_scores", "marginal_score")
+FREE = ("latent_scores", "score_change", "marginal_score")
 NUMBERS = {"hybrid": 1, "statistics": 1, "wavelets": 2}  # where in a row (map, statistics, wavelets)
 OTHERS = (*NUMBERS, *FREE)
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
@@ -179,9 +182,13 @@ def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: 
 def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: int):
     """(function of rows of (map, statistics and maybe wavelets), simulations it took, epochs)."""
     centre = sim.prior.from_unconstrained(proposal.loc)
+    at = functools.partial(LatentScores, sim, rates=(0.1,), last=True)
     if name == "latent_scores":
-        scores = LatentScores(sim, centre, rates=(0.1,))
-        return lambda x: scores.many(x[0])[:, -sim.prior.dim :], 0, 0
+        scores = at(centre)
+        return lambda x: scores.many(x[0]), 0, 0
+    if name == "score_change":
+        changes = ScoreChange(at, sim, centre, proposal.along("w_0"))
+        return lambda x: changes.many(x[0]), 0, 0
     if name == "marginal_score":
         score = MarginalScore(sim, centre)
         return lambda x: score.many(x[0]), 0, 0

@@ -3,6 +3,8 @@
 Two simulators whose posterior is known: the linear one with normal noise, and twelve numbers whose mean and logarithm
 of the scatter are asked for, given as they are. Compared is the Kullback-Leibler divergence in nats, the mean over
 test simulations of q/p - 1 - log(q/p), which is never negative: of the posterior for NPE, of the likelihood for NLE.
+
+`--preset weights` asks the same of one setting: is the score's weight that is measured as good as the best constant?
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import numpyro.distributions as dist
 
 import diffsbi as ds
 from diffsbi._files import read_json, write_json
+from diffsbi._types import check_names
 from diffsbi.runs import start_run
 from experiments import command_line
 from experiments.curves import print_table
@@ -26,14 +29,22 @@ ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """`weights`: constants for the score's weight, beside the measured one; `estimators`: of ESTIMATORS."""
+
     n: tuple[int, ...] = (50, 200, 1000, 10_000, 100_000)
     seeds: int = 2
     n_test: int = 1000
     n_grid: int = 200
+    estimators: tuple[str, ...] = tuple(ESTIMATORS)
+    weights: tuple[float, ...] = ()
     seed: int = 0
 
 
-PRESETS = {"smoke": Config((40,), 1, 50, 60), "paper": Config()}
+PRESETS = {
+    "smoke": Config((40,), 1, 50, 60),
+    "paper": Config(),
+    "weights": Config((50, 200), 3, estimators=("NPE",), weights=(0.001, 0.01, 0.1, 1.0)),
+}
 
 
 class Scatter(ds.AbstractSimulator):
@@ -74,17 +85,19 @@ def exact(sim, estimator: str, theta, x, n_grid: int) -> np.ndarray:
 
 def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `divergences.json`, print the tables."""
+    check_names(cfg.estimators, list(ESTIMATORS), "estimators")
     run = start_run(out, {"name": "default_settings"} | dataclasses.asdict(cfg), ("simulations", "fits", "test"))
     sims = {"linear_gaussian": ds.linear_gaussian(), "scatter": Scatter()}
-    cases = itertools.product(sims, ESTIMATORS, range(cfg.seeds))
+    cases = itertools.product(sims, cfg.estimators, range(cfg.seeds))
     tests = {case: _test(cfg, run, sims[case[0]], *case[1:]) for case in cases}
     rows = []
-    for case in itertools.product(cfg.n, range(cfg.seeds), sims, ESTIMATORS, ("none", "scores")):
+    scores = {"none": None, "scores": "auto"} | {f"weight {w:g}": w for w in cfg.weights}
+    for case in itertools.product(cfg.n, range(cfg.seeds), sims, cfg.estimators, scores):
         n, seed, name, estimator, score = case
-        path = out / "fits" / f"{name}_{estimator}_{score}_{n}_{seed}.json"
+        path = out / "fits" / f"{name}_{estimator}_{score.replace(' ', '_')}_{n}_{seed}.json"
         if not path.exists():
             print(path.stem, flush=True)
-            found = _divergence(run, sims[name], estimator, score, n, seed, tests[name, estimator, seed])
+            found = _divergence(run, sims[name], estimator, scores[score], n, seed, tests[name, estimator, seed])
             write_json(path, found)
         rows.append(read_json(path) | dict(simulator=name, estimator=estimator, score=score, n=n, seed=seed))
     write_json(out / "divergences.json", rows)
@@ -93,10 +106,12 @@ def main(cfg: Config, out: Path) -> None:
         print_table(rows, ("simulator", "estimator", "score"), value)
 
 
-def _divergence(run, sim, estimator: str, score: str, n: int, seed: int, test) -> dict[str, float]:
+def _divergence(run, sim, estimator: str, weight, n: int, seed: int, test) -> dict[str, float]:
+    """With scores of this weight; None for no scores."""
     key = jax.random.fold_in(jax.random.fold_in(run.key("simulations"), n), seed)
-    draws = sim.draw(key, n, with_score=score == "scores", latents="white")
-    fitting = ESTIMATORS[estimator](sim.prior).append(draws.theta, draws.x, draws.score)
+    draws = sim.draw(key, n, with_score=weight is not None, latents="white")
+    options = {} if weight is None else {"score_weight": weight}
+    fitting = ESTIMATORS[estimator](sim.prior, **options).append(draws.theta, draws.x, draws.score)
     start = time.perf_counter()
     posterior = fitting.fit(jax.random.fold_in(run.key("fits"), seed))
     seconds = time.perf_counter() - start

@@ -267,6 +267,7 @@ def lost(theta, t, chain, proposal: GaussianProposal) -> dict[str, float]:
     u, full = (np.asarray(prior.to_unconstrained(jnp.asarray(a)), float) for a in (theta, chain))
     log_weight = np.asarray(proposal.log_prob(jnp.asarray(chain)) - prior.log_prob(jnp.asarray(chain)), float)
     covariance = np.cov(full.T, aweights=np.exp(log_weight - log_weight.max()))
+    t = np.asarray(t, float)[:, np.ptp(t, 0) > 0]  # in frames some numbers are the same for all
     design = np.c_[np.ones(len(t)), (t - t.mean(0)) / t.std(0)]
     residual = u - design @ np.linalg.lstsq(design, u)[0]
     freedom = len(u) - design.shape[1]

@@ -6,11 +6,12 @@ numbers comes nearer to the full field's than that allows. The numbers are spect
 compression at the fiducial (`summary="statistics"`), or, without any simulation, the marginal score at the proposal's
 centre, the mean over a short chain on the map's latents (`"marginal_score"`), or the score at the latents that two
 gradients find, almost as good on small maps (`"latent_scores"`). Or each map comes with its own normal approximation,
-in whose coordinates NPE then works: the posterior of a Gaussian field (`"field_mode"`), or that of a short path of
-marginal scores (`"path_mode"`, with momenta of each seed's own). Draws of that normal are compared by themselves. Every
-posterior is also compared with what the numbers themselves say, as NLE (NPE for frames) learns it from `n_reference`
-simulations without scores (there is no exact answer). Parameters are drawn from the prior, or from the power-spectrum
-posterior of the map (`gaussian_proposal`). Each seed has its own simulations; those of a smaller N are the first ones
+in whose coordinates NPE then works: the posterior of a Gaussian field (`"field_mode"`), that of a short path of
+marginal scores (`"path_mode"`, with momenta of each seed's own), or that of the observed map's path, moved by each
+map's marginal score (`"score_frame"`). Draws of that normal are compared by themselves. Every posterior is also
+compared with what the numbers themselves say, as NLE (NPE for frames) learns it from `n_reference` simulations without
+scores (there is no exact answer). Parameters are drawn from the prior, from the power-spectrum posterior of the map, or
+from that of its path (`gaussian_proposal`). Each seed has its own simulations; those of a smaller N are the first ones
 of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
@@ -19,6 +20,7 @@ same at the map itself, and posterior predictive checks whether simulations at t
 """
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 
@@ -28,7 +30,7 @@ import numpy as np
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
-from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore, PathMode
+from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore, PathMode, ScoreFrame
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import (
@@ -52,16 +54,19 @@ from experiments.lensing import (
 )
 
 ESTIMATORS = {"NPE": ds.NPE, "NLE": ds.NLE}
-FRAMES = ("field_mode", "path_mode")
+FRAMES = ("field_mode", "path_mode", "score_frame")
+PROPOSALS = ("prior", "spectrum", "path")
 SUMMARIES = ("statistics", "latent_scores", "marginal_score", *FRAMES)
-STAGES = ("observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries")
+STAGES = (
+    "observed", "reference", "spectrum", "compression", "simulations", "summaries", "fits", "given_summaries", "paths",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(MapConfig):
-    """`summary`: one of `SUMMARIES`; `turns` of "marginal_score", and of "path_mode" at up to `n_points`.
+    """`summary`: one of `SUMMARIES`; `turns` of "marginal_score", "score_frame", and "path_mode" at up to `n_points`.
 
-    `scores`: latents, averaged draws.
+    `proposal`: one of `PROPOSALS`; a "path" has `n_points` points. `scores`: latents, averaged draws.
 
     The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
     """
@@ -124,21 +129,29 @@ PRESETS = {
         n_pix=256, observation="published", summary="marginal_score", n=(25, 50, 100, 200), n_scored=100,
         n_reference=505, coverage_n=(100,), n_coverage=505, ess=500.0, members=2,
     ),
+    # The same map from where its path is, in frames of that path's posterior.
+    "published_path": Config(
+        n_pix=256, observation="published", proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=48,
+        n=(25, 50), n_scored=50, estimators=("NPE",), n_reference=80, coverage_n=(50,), n_coverage=80, ess=500.0,
+        members=2,
+    ),
 }  # fmt: skip
 
 
 def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `distances.json`, print the table."""
-    if cfg.proposal not in ("prior", "spectrum"):
-        raise ValueError(f"Expected proposal 'prior' or 'spectrum'; got {cfg.proposal!r}.")
+    if cfg.proposal not in PROPOSALS:
+        raise ValueError(f"Expected a proposal among {PROPOSALS}; got {cfg.proposal!r}.")
+    if cfg.summary == "score_frame" and cfg.proposal != "path":
+        raise ValueError(f"Expected proposal 'path' with summary 'score_frame'; got {cfg.proposal!r}.")
     if cfg.summary not in SUMMARIES:
         raise ValueError(f"Expected a summary among {SUMMARIES}; got {cfg.summary!r}.")
     if cfg.summary in FRAMES and cfg.estimators != ("NPE",):
         raise ValueError(f"Expected estimators ('NPE',) with summary {cfg.summary!r}; got {cfg.estimators}.")
     _check_sizes(cfg)
     sim, run, x, chain = begin(cfg, "scores_lensing", out, STAGES)
-    proposal = spectrum_proposal(cfg, sim, x, run) if cfg.proposal == "spectrum" else None
-    summary = _summary(cfg, sim, proposal, run)
+    proposal = _proposal(cfg, sim, x, run)
+    summary = _summary(cfg, sim, proposal, run, x)
     observed = [summary(x[None], [seed])[0] for seed in range(cfg.seeds if cfg.summary == "path_mode" else 1)]
     run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
     run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
@@ -213,24 +226,45 @@ def score_name(kind: tuple[str, int] | None) -> str:
     return "none" if kind is None else f"{kind[0]}_{kind[1]}"
 
 
-def _summary(cfg: Config, sim, proposal, run):
+def _proposal(cfg: Config, sim, x, run):
+    """Where parameters are drawn from; None for the prior."""
+    if cfg.proposal == "prior":
+        return None
+    if cfg.proposal == "spectrum":
+        return spectrum_proposal(cfg, sim, x, run)
+    run.once("paths", lambda folder: _path(cfg, sim, x, run, folder))
+    return ds.gaussian_proposal(sim, load_npz(run.path("paths", "draws.npz"))["theta"], cfg.widen)
+
+
+def _path(cfg: Config, sim, x, run, folder: Path) -> dict:
+    """Draws of the posterior that a path of gradients gives, and what it is worth by itself."""
+    key = run.key("paths")
+    settings = dict(n_points=cfg.n_points, until_error=None, folder=folder / "blocks", progress=True)
+    found = ds.path_posterior(sim, x, key, **settings)
+    write_npz(folder / "draws.npz", {"theta": np.asarray(found.sample(jax.random.fold_in(key, 1), 4000))})
+    return {"gradients": int(found.gradients)}
+
+
+def _summary(cfg: Config, sim, proposal, run, x):
     """The function of rows of maps, and of the seed that each is for, that all posteriors are given."""
     if cfg.summary == "path_mode":
         modes = [PathMode(sim, n_points=cfg.n_points, n_turns=cfg.turns, seed=seed) for seed in range(cfg.seeds)]
         return lambda x, seeds: np.concatenate([modes[s].many(row[None]) for row, s in zip(x, seeds, strict=True)])
-    same_for_all = _summary_of_maps(cfg, sim, proposal, run)
+    same_for_all = _summary_of_maps(cfg, sim, proposal, run, x)
     return lambda x, seeds: same_for_all(x)
 
 
-def _summary_of_maps(cfg: Config, sim, proposal, run):
+def _summary_of_maps(cfg: Config, sim, proposal, run, x):
     centre = sim.fiducial if proposal is None else sim.prior.from_unconstrained(proposal.loc)
     if cfg.summary == "marginal_score":
         return MarginalScore(sim, centre, n_turns=cfg.turns).many
+    if cfg.summary == "score_frame":
+        at, draws = functools.partial(MarginalScore, sim, n_turns=cfg.turns), load_npz(run.path("paths", "draws.npz"))
+        return ScoreFrame(at, sim, centre, x, draws["theta"]).many
     if cfg.summary == "field_mode":
         return GaussianFieldMode(sim).many
     if cfg.summary == "latent_scores":
-        scores = LatentScores(sim, centre, rates=(0.1,))
-        return lambda x: scores.many(x)[:, -sim.prior.dim :]
+        return LatentScores(sim, centre, rates=(0.1,), last=True).many
     statistics = summaries.map_statistics(sim.n_pix, sim.side_deg, sim.noise)
     sizes = (cfg.n_covariance, cfg.n_derivative)
     run.once("compression", lambda folder: compress(sim, statistics, run.key("compression"), folder, *sizes))

@@ -17,9 +17,10 @@ TITLES = {
     "wavelets": "wave-\nlets",
     "hybrid": "VMIM +\nstatistics",
     "latent_scores": "latent\nscores",
+    "score_change": "latent scores\nand change",
     "marginal_score": "marginal\nscore",
 }
-FREE = ("latent_scores", "marginal_score")
+FREE = ("latent_scores", "score_change", "marginal_score")
 
 DRAWN = {"vmim": "network (VMIM)", "hybrid": "network beside statistics", "marginal_score": "marginal score"}
 

@@ -1,5 +1,6 @@
 """Trained compressions against the exact posterior of data whose summary is known, and their mistakes."""
 
+import functools
 import json
 import warnings
 
@@ -18,6 +19,7 @@ from diffsbi.compression import (
     MapNetwork,
     MarginalScore,
     ResidualNetwork,
+    ScoreChange,
     fit_compressor,
     load_compressor,
     square_symmetry,
@@ -326,6 +328,40 @@ def test_the_mean_over_a_chain_is_what_the_score_at_its_start_misses(x64):
     assert np.all(chain < 0.1 * start) and np.all(chain < 0.1 * exact.std(0)), (chain, start)
 
 
+def test_the_change_of_a_score_is_the_curvature_of_the_datas_own_likelihood(x64):
+    """Against the Hessian for a small step; of the linear simulator it is minus the information, whatever the data."""
+    sim, theta = Scale(), jnp.asarray([0.2, -0.1])
+    x = sim.draw(jax.random.key(5), 4, theta, with_score=False).x
+
+    def log_likelihood(theta, x):
+        return jnp.sum(dist.Normal(theta[0], jnp.exp(theta[1]) * jnp.sqrt(0.5)).log_prob(x))
+
+    at = lambda theta: lambda x: jax.grad(log_likelihood)(theta, x)  # noqa: E731
+    step = jnp.asarray([1e-4, -2e-4])
+    numbers = ScoreChange(at, sim, theta, step).many(x)
+    hessian = jax.vmap(lambda x: jax.hessian(log_likelihood)(theta, x))(x)
+    np.testing.assert_allclose(numbers[:, :2], jax.vmap(at(theta))(x), rtol=1e-12)
+    np.testing.assert_allclose(numbers[:, 2:], 2 * hessian @ step, rtol=1e-5)
+    assert np.all(np.std(hessian, 0)[[0, 1], [1, 1]] > 1)  # they differ from one to the next
+    linear, x = ds.linear_gaussian(dim=2, n_latents=3, n_data=4, seed=2), jnp.asarray([0.5, -1.0, 0.2, 1.5])
+    step = jnp.asarray([0.3, 0.1])  # theta is unconstrained
+    numbers = ScoreChange(functools.partial(MarginalScore, linear, n_turns=4), linear, theta, step)(x)
+    np.testing.assert_allclose(numbers[:2], linear.marginal_score(theta, x), rtol=1e-7)
+    exact = linear.marginal_score(theta + step, x) - linear.marginal_score(theta - step, x)
+    np.testing.assert_allclose(numbers[2:], exact, rtol=1e-7)
+
+
+def test_points_of_a_change_are_within_the_prior_and_wrong_steps_are_told():
+    prior = ds.Prior({"a": dist.Uniform(0.0, 1.0)})
+    points = ScoreChange(lambda theta: lambda x: theta, prior, jnp.asarray([0.9]), jnp.asarray([3.0]))
+    assert points.below(0.0) > 0.1 and 0.99 < points.above(0.0) < 1
+    for wrong in (jnp.zeros(1), jnp.ones(2), jnp.asarray([jnp.nan])):
+        with pytest.raises(ValueError, match="[Ee]xpected .*step"):
+            ScoreChange(lambda theta: lambda x: theta, prior, jnp.asarray([0.9]), wrong)
+    with pytest.raises(ValueError, match="prior"):
+        ScoreChange(lambda theta: lambda x: theta, prior, jnp.asarray([1.2]), jnp.ones(1))
+
+
 class Stiff(Scale):
     """So little noise that a step of a quarter turn throws the latents far away."""
 
@@ -345,6 +381,12 @@ def test_steps_that_go_astray_are_made_shorter(x64):
     undone = np.isnan(turns).all(1)
     assert 0 < undone.sum() <= 4 and np.isfinite(turns[~undone]).all()
     np.testing.assert_allclose(turns[8:][~undone[8:]].mean(0)[0], shortened[0], rtol=1e-8)
+
+
+def test_the_last_score_alone(small_survey):
+    x = drawn(small_survey)[2]
+    both, last = (LatentScores(small_survey, rates=(0.1,), last=one)(x) for one in (False, True))
+    np.testing.assert_array_equal(both[-last.size :], last)
 
 
 def test_wrong_points_and_rates_are_told(small_survey):

@@ -1,5 +1,7 @@
 """Posteriors in the coordinates of each data set's own normal approximation, against answers known in closed form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from scipy.stats import invwishart
 
 import diffsbi as ds
-from diffsbi.compression import GaussianFieldMode, LaplaceMode
+from diffsbi.compression import GaussianFieldMode, LaplaceMode, MarginalScore, ScoreFrame
 from diffsbi.inference import NPE, LocalFrame, load_posterior, pack_frame
 from diffsbi.inference.frames import (
     FARTHEST,
@@ -19,9 +21,11 @@ from diffsbi.inference.frames import (
     fit_in_frames,
     frame_width,
     log_evidence,
+    tilt_to,
     winsorised,
     with_pseudo_rows,
 )
+from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.standardise import fit_standardiser
 from diffsbi.prior import Prior
 from diffsbi.sampling.gaussian_field import approximate_posterior
@@ -376,18 +380,116 @@ def test_weights_of_the_rows_themselves_stay(x64):
     assert weight.mean() == pytest.approx(1)
 
 
-def test_nothing_is_believed_of_a_posterior_that_is_reweighted():
+def test_the_normal_under_another_prior_is_that_of_bayes(x64):
+    """A normal likelihood of precision A and information b under two normal priors: exact posteriors of both."""
+    rng = np.random.default_rng(0)
+    half = rng.standard_normal((5, 3, 3))
+    a = half @ np.swapaxes(half, 1, 2)
+    b = rng.standard_normal((5, 3))
+    (before, m0), (after, m1) = ((np.diag(rng.uniform(0.5, 2, 3)), rng.standard_normal(3)) for _ in range(2))
+    covariances = [np.linalg.inv(a + prior) for prior in (before, after)]
+    means = [
+        np.einsum("nij,nj->ni", c, b + p @ m) for c, p, m in zip(covariances, (before, after), (m0, m1), strict=True)
+    ]
+    x = pack_frame(jnp.asarray(means[0]), jnp.linalg.cholesky(jnp.asarray(covariances[0])))
+    tilt = jnp.asarray(after - before), jnp.asarray(after @ m1 - before @ m0)
+    mean, root = LocalFrame(3, tilt=tilt).normal(x)
+    np.testing.assert_allclose(mean, means[1], rtol=1e-9)
+    np.testing.assert_allclose(root @ np.swapaxes(root, 1, 2), covariances[1], rtol=1e-9, atol=1e-12)
+    assert np.all(np.triu(root, 1) == 0)
+    u, frame = jnp.asarray(rng.standard_normal((5, 3))), LocalFrame(3, tilt=tilt)
+    w, log_det = frame.to_local(u, x)
+    np.testing.assert_allclose(frame.from_local(w, x), u, rtol=1e-9)
+    slope = jax.vmap(jax.jacfwd(lambda u, x: frame.to_local(u, x)[0]))(u, x)
+    np.testing.assert_allclose(log_det, np.linalg.slogdet(slope)[1], rtol=1e-9)
+    # A proposal wider than a prior that decides everything has no such normal: then that of x.
+    wide = LocalFrame(3, tilt=(-10 * jnp.linalg.inv(jnp.asarray(covariances[0][0])), jnp.zeros(3)))
+    np.testing.assert_array_equal(wide.normal(x[:1])[0], means[0][:1])
+    np.testing.assert_allclose(wide.normal(x[:1])[1], LocalFrame(3).unpack(x[:1])[1])
+
+
+def test_the_tilt_is_from_the_prior_to_the_mixture_of_proposals(x64):
+    prior = Prior({"a": dist.Normal(0.5, 2.0), "b": dist.Normal(-1.0, 0.7)})
+    parts = [
+        ds.gaussian_proposal(prior, prior.sample(jax.random.key(k), (n,)), w) for k, n, w in ((0, 9, 0.4), (1, 7, 1))
+    ]
+    drawn = [part.sample(jax.random.key(k), (n,)) for part, k, n in zip(parts, (2, 3), (30_000, 10_000), strict=True)]
+    fractions = (0.75, 0.25)
+    exact = tilt_to(prior, Proposals(prior, tuple(parts), fractions), drawn)
+    u = np.concatenate(drawn)
+    precision, before = np.linalg.inv(np.cov(u.T)), np.diag(np.array([2.0, 0.7]) ** -2)
+    np.testing.assert_allclose(exact[0], precision - before, rtol=0.05, atol=0.1)
+    np.testing.assert_allclose(exact[1], precision @ u.mean(0) - before @ [0.5, -1.0], rtol=0.05, atol=0.2)
+    # With one that is not normal, by the parameters themselves; the same but for their scatter.
+    by_rows = tilt_to(prior, Proposals(prior, (parts[0], None), fractions), [a[:20_000] for a in drawn])
+    u = np.concatenate([a[:20_000] for a in drawn])
+    by_hand = np.linalg.inv(np.cov(u.T))
+    np.testing.assert_allclose(by_rows[0] - exact[0], by_hand - (exact[0] + before), rtol=0.2, atol=0.05)
+
+
+@pytest.fixture(scope="module")
+def proposed():
+    """Exact frames of the linear simulator, parameters from about one posterior, and that posterior."""
     sim = linear_gaussian()
-    draws = sim.draw(jax.random.key(0), 40, with_score=False)
-    numbers = LaplaceMode(sim, n_starts=1, n_steps=4).many(draws.x)
-    proposal = ds.gaussian_proposal(sim, draws.theta, 1.5)
-    for correction, given, believed in (
-        ("reweight", None, True),
-        ("reweight", proposal, False),
-        ("importance", proposal, True),
-    ):
-        npe = NPE(sim, framed=True, correction=correction).append(draws.theta, numbers, proposal=given)
-        assert npe._has_pseudo_rows() == believed
+    observed = sim.draw(jax.random.key(9), 1, sim.fiducial, with_score=False).x[0]
+    exact = tuple(np.asarray(a) for a in sim.posterior(observed))
+    proposal = ds.gaussian_proposal(sim, np.random.default_rng(0).multivariate_normal(*exact, 4000), 1.5)
+    draws = sim.draw(jax.random.key(0), 1000, proposal.sample(jax.random.key(1), (1000,)))
+    mode = LaplaceMode(sim, n_starts=1, n_steps=4)
+    return sim, proposal, draws, mode.many(draws.x), mode(observed), exact
+
+
+@pytest.mark.parametrize("correction", ["reweight", "importance"])
+def test_frames_are_of_the_posterior_that_is_learned(proposed, correction):
+    """Under the proposal, where that is reweighted later: then nothing about r is told by the data.
+
+    Else their mean lies towards the proposal's centre, the more so the less this is wider than the posterior.
+    """
+    sim, proposal, draws, numbers, *_ = proposed
+    npe = NPE(sim, framed=True, correction=correction).append(draws.theta, numbers, proposal=proposal)
+    w, _ = npe._frame().to_local(draws.theta, numbers)
+    r, m = REACH * np.sinh(np.asarray(w) / REACH), np.asarray(numbers)[:, :2]
+    np.testing.assert_allclose(np.cov(r.T), np.eye(2), atol=0.2)
+    design = np.c_[np.ones(len(m)), m]
+    residual = r - design @ np.linalg.lstsq(design, r)[0]
+    told = 1 - residual.var(0) / r.var(0)  # of noise 2 in 1000; of what the data decide, 1 / (1.5**2 + 1)
+    if correction == "reweight":
+        assert np.all(told < 0.02)
+        np.testing.assert_allclose(r.mean(0), 0, atol=4 / np.sqrt(1000))
+    else:
+        assert told.max() > 0.2
+
+
+def test_a_framed_posterior_that_is_reweighted_is_the_exact_one(proposed, tmp_path):
+    sim, proposal, draws, numbers, observed, (mean, covariance) = proposed
+    npe = NPE(sim, density_options=SMALL, framed=True)
+    npe.append(draws.theta[:25], numbers[:25], draws.score[:25], proposal=proposal)
+    posterior = npe.fit(jax.random.key(2), members=1)
+    theta = np.asarray(posterior.sample(jax.random.key(3), 2000, observed))
+    width = np.sqrt(np.diag(covariance))
+    np.testing.assert_allclose((theta.mean(0) - mean) / width, 0, atol=0.25)
+    np.testing.assert_allclose(theta.std(0) / width, 1, atol=0.15)
+    assert posterior.config["framed"]["tilted"]
+    posterior.save(tmp_path / "tilted")
+    again = load_posterior(tmp_path / "tilted")
+    np.testing.assert_array_equal(again.log_prob(theta[:5], observed), posterior.log_prob(theta[:5], observed))
+
+
+def test_a_posterior_moves_with_the_scores_as_the_exact_one_does():
+    """Of the linear simulator means are linear in scores, and widths are the same for all data."""
+    sim = linear_gaussian()
+    x = sim.draw(jax.random.key(0), 6, sim.fiducial, with_score=False).x
+    mean, covariance = sim.posterior(x[0])
+    draws = np.random.default_rng(0).multivariate_normal(mean, covariance, 20_000)
+    frame = ScoreFrame(functools.partial(MarginalScore, sim, n_turns=4), sim, sim.fiducial, x[0], draws)
+    means, roots = (np.asarray(a) for a in LocalFrame(2).unpack(frame.many(x)))
+    exact, width = np.stack([sim.posterior(row)[0] for row in x]), np.sqrt(np.diag(covariance))
+    assert np.ptp(exact / width, 0).min() > 0.5  # they do move
+    np.testing.assert_allclose(means / width, exact / width, atol=0.05)  # five errors of a mean, and of a covariance
+    np.testing.assert_allclose(roots[3] @ roots[3].T, covariance, rtol=0.05, atol=0.05 * covariance.min())
+    np.testing.assert_allclose(frame(x[0])[:2], draws.mean(0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="theta with at least 4 draws"):
+        ScoreFrame(functools.partial(MarginalScore, sim), sim, sim.fiducial, x[0], draws[:3])
 
 
 def test_what_is_learned_from_few_rows_does_not_spoil_frames_that_are_right():

@@ -50,6 +50,16 @@ def test_the_gaussian_proposal_has_the_moments_of_its_draws_and_is_wider():
     assert single.shape == () and np.isclose(single, exact.logpdf(draws[0]), rtol=2e-5)
 
 
+def test_a_step_along_a_parameter_takes_the_others_with_it(x64):
+    prior = ds.Prior({"a": dist.Normal(0.0, 1.0), "b": dist.Normal(0.0, 1.0)})
+    draws = np.random.default_rng(0).multivariate_normal([0.1, -0.3], [[0.5, 0.3], [0.3, 0.4]], 500)
+    proposal = ds.gaussian_proposal(prior, draws, widen=1.5)
+    covariance = 1.5**2 * np.cov(draws.T)
+    np.testing.assert_allclose(proposal.along("b", 2.0), 2 * covariance[:, 1] / np.sqrt(covariance[1, 1]), rtol=1e-3)
+    with pytest.raises(ValueError, match="'c'"):
+        proposal.along("c")
+
+
 def test_the_gaussian_proposal_is_normalised_within_bounds(x64):
     prior = ds.Prior({"a": dist.Uniform(-2.0, -0.3)})
     draws = prior.sample(jax.random.key(0), (200,))

@@ -14,6 +14,7 @@ ROOMS: dict[str, set[str]] = {
     "_files": set(),
     "_cache": set(),
     "_xla": set(),
+    "_choose": {"_types"},
     "integrators": set(),
     "prior": {"_types"},
     "bands": {"_types"},

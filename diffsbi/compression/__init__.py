@@ -6,7 +6,7 @@ from diffsbi.compression.fishnets import Fishnet, Information, set_loss, stream
 from diffsbi.compression.graphs import Aggregation, FisherAggregation, Graph, GraphFishnet, check_graph
 from diffsbi.compression.imnn import IMNN
 from diffsbi.compression.laplace_mode import LaplaceMode
-from diffsbi.compression.latent_scores import LatentScores, MarginalScore
+from diffsbi.compression.latent_scores import LatentScores, MarginalScore, ScoreChange, ScoreFrame
 from diffsbi.compression.learned import Compressor, fit_compressor, load_compressor
 from diffsbi.compression.losses import LOSSES
 from diffsbi.compression.marginal_information import MarginalInformation, marginal_information
@@ -37,6 +37,8 @@ __all__ = [
     "MemberNetwork",
     "PathMode",
     "ResidualNetwork",
+    "ScoreChange",
+    "ScoreFrame",
     "check_graph",
     "fit_compressor",
     "fit_fishnet",

@@ -2,16 +2,19 @@
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, check_trailing, checked_rows
+from diffsbi.inference.frames import pack_frame
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
+from diffsbi.prior import Prior
 from diffsbi.simulators.averaging import energy_lost, energy_slack, evaluator
 from diffsbi.simulators.base import draw_shapes
 
@@ -65,6 +68,8 @@ class _ScoresAtOnePoint(eqx.Module):
 class LatentScores(_ScoresAtOnePoint):
     r"""$x \to \nabla_\theta \log p(x, \xi_k(x) | \theta_0)$ at a few latents $\xi_k(x)$, `(len(rates) + 1) p` numbers.
 
+    With `last=True` only those at the last of these latents, p numbers.
+
     The marginal score at $\theta_0$ is the best statistic there is near it: the mean of the joint score over the
     latents that the data allow. In coordinates where these are nearly a standard normal whatever the data ("whitened")
     the score at $\xi = 0$ stands for that mean; what is not normal moves it, so it is taken again after steps of
@@ -76,15 +81,25 @@ class LatentScores(_ScoresAtOnePoint):
 
     Attributes:
         rates: a of each step; the first score is at $\xi = 0$, one more after each step.
+        last: Whether only the score after the last step is returned.
         latents: The coordinate.
     """
 
     rates: tuple[float, ...] = eqx.field(static=True)
+    last: bool = eqx.field(static=True)
 
-    def __init__(self, sim, theta0=None, *, rates: Sequence[float] = (0.1, 0.25, 0.25, 0.25), latents="whitened"):
+    def __init__(
+        self,
+        sim,
+        theta0=None,
+        *,
+        rates: Sequence[float] = (0.1, 0.25, 0.25, 0.25),
+        last: bool = False,
+        latents: str = "whitened",
+    ):
         if not all(0 < rate < 2 for rate in rates):
             raise ValueError(f"Expected rates between 0 and 2, beyond which ascent diverges; got {tuple(rates)}.")
-        self.rates = tuple(map(float, rates))
+        self.rates, self.last = tuple(map(float, rates)), bool(last)
         self._set(sim, theta0, latents)
 
     @eqx.filter_jit
@@ -97,7 +112,7 @@ class LatentScores(_ScoresAtOnePoint):
             return xi + rate * at.slope, self._score(at.slope_of_setup)
 
         _, scores = jax.lax.scan(step, start, jnp.asarray((*self.rates, 0.0), start.dtype))
-        return scores.ravel()
+        return scores[-1] if self.last else scores.ravel()
 
 
 class MarginalScore(_ScoresAtOnePoint):
@@ -179,6 +194,96 @@ class MarginalScore(_ScoresAtOnePoint):
 
         carry = (evaluate(start), jnp.asarray(self.n_steps))
         return jax.lax.scan(turn, carry, jnp.arange(self.n_turns))[1]
+
+
+class ScoreChange(eqx.Module):
+    r"""$x \to (s(x, \theta_0), s(x, \theta_+) - s(x, \theta_-))$: scores, and their change along a direction.
+
+    The change is the curvature of this data set's own log-likelihood, $s(\theta_+) - s(\theta_-) \approx
+    \nabla\nabla\log p(x|\theta_0) (\theta_+ - \theta_-)$: what the score at one point does not tell, and what decides
+    how wide the posterior is and where, if that is no normal. `2 p` numbers for the price of three scores.
+
+    Momenta of `MarginalScore` are the same at the three points: most of their noise is, and is not in the difference.
+
+    Args:
+        at: theta → statistic, as `functools.partial(MarginalScore, sim)`.
+        prior: A `Prior`, or anything with a `prior` (a simulator).
+        theta0: The centre.
+        step: $\pm$ this, in unconstrained space, lead to $\theta_\pm$: about a width of the posterior in the direction
+            along which it is least normal (`GaussianProposal.along`).
+
+    Raises:
+        ValueError: A step that is zero, not finite or of another shape than theta.
+    """
+
+    centre: Callable[[Array], Array]
+    below: Callable[[Array], Array]
+    above: Callable[[Array], Array]
+
+    def __init__(self, at: Callable[[Array], Any], prior, theta0, step):
+        prior = prior if isinstance(prior, Prior) else prior.prior
+        step = jnp.asarray(step, jnp.result_type(float))
+        check_trailing("step", step, (prior.dim,))
+        if step.shape != (prior.dim,) or not np.all(np.isfinite(step)) or not np.any(step):
+            raise ValueError(f"Expected a step of {prior.dim} finite numbers, not all zero; got {step}.")
+        theta0 = jnp.asarray(theta0, jnp.result_type(float))
+        prior.check(theta0[None])
+        u = prior.to_unconstrained(theta0)
+        self.centre = at(theta0)
+        self.below, self.above = (at(prior.from_unconstrained(u + sign * step)) for sign in (-1, 1))
+
+    def __call__(self, x: Array) -> Float[Array, " 2p"]:
+        """The numbers of one data set."""
+        return jnp.concatenate([self.centre(x), self.above(x) - self.below(x)])
+
+    def many(self, x, *, progress: bool = False) -> Float[Array, "n 2p"]:
+        """The numbers of every row of `x`."""
+        return jnp.stack([self(row) for row in tqdm(x, desc="ScoreChange", unit="row", disable=not progress)])
+
+
+class ScoreFrame(eqx.Module):
+    r"""The normal approximation of one observation's posterior, moved to other data by their scores (`pack_frame`).
+
+    $x \to N(m + C J^T (s(x) - s(x_o)), C)$ in the prior's unconstrained space, with m and C the moments of draws of the
+    posterior of $x_o$, s scores at $\theta_0$ and $J = \partial\theta/\partial u$ there: a step of Newton's method with
+    the curvature at $x_o$. What all scores have in common, as the bias of short chains, cancels. From there
+    `NPE(sim, framed=True)` learns, from simulations of about the same place, what is wrong with it.
+
+    Args:
+        at: theta → score of one data set, as `functools.partial(MarginalScore, sim)`.
+        prior: A `Prior`, or anything with a `prior` (a simulator).
+        theta0: Where scores are taken.
+        x: The observation.
+        theta: Draws of its posterior, `(n, p)`, from `path_posterior`, say.
+
+    Raises:
+        ValueError: Draws of the wrong shape, too few of them, not finite or outside the prior.
+    """
+
+    score: Callable[[Array], Array]
+    mean: Float[Array, " p"]
+    root: Float[Array, "p p"]
+    gain: Float[Array, "p p"]
+    observed: Float[Array, " p"]
+
+    def __init__(self, at: Callable[[Array], Any], prior, theta0, x, theta):
+        prior = prior if isinstance(prior, Prior) else prior.prior
+        mean, covariance = prior.unconstrained_moments(theta)
+        theta0 = jnp.asarray(theta0, jnp.result_type(float))
+        prior.check(theta0[None])
+        jacobian = np.asarray(jax.jacfwd(prior.from_unconstrained)(prior.to_unconstrained(theta0)), float)
+        moments = (mean, np.linalg.cholesky(covariance), covariance @ jacobian.T)
+        self.mean, self.root, self.gain = (jnp.asarray(a, jnp.result_type(float)) for a in moments)
+        self.score = at(theta0)
+        self.observed = self.score(jnp.asarray(x, jnp.result_type(float)))
+
+    def __call__(self, x: Array) -> Float[Array, " k"]:
+        """The numbers of the normal of one data set."""
+        return pack_frame(self.mean + self.gain @ (self.score(x) - self.observed), self.root)
+
+    def many(self, x, *, progress: bool = False) -> Float[Array, "n k"]:
+        """Those of every row of `x`."""
+        return jnp.stack([self(row) for row in tqdm(x, desc="ScoreFrame", unit="row", disable=not progress)])
 
 
 def checked_point(sim, theta0) -> Float[Array, " p"]:

@@ -1,6 +1,8 @@
 r"""A normal approximation of each data set's own posterior, and the coordinates in which it is a standard normal."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,7 +12,9 @@ from jax.scipy.linalg import solve_triangular
 from scipy.special import multigammaln
 
 from diffsbi._types import Array, Float, Key
+from diffsbi.inference.proposals import GaussianProposal, Proposals
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
+from diffsbi.prior import Prior
 
 REACH = 5.0
 """Widths beyond which residuals are counted in logarithms: an approximation at a wrong mode must not decide a fit."""
@@ -24,6 +28,8 @@ UNIT = float(_WEIGHTS @ (REACH * np.arcsinh(_NODES / REACH)) ** 2 / np.sqrt(2 * 
 
 PSEUDO_DRAWS = 256
 """Rows that stand for the pseudo-simulations while a density is trained, each by its part of their number."""
+
+_ROWS = 20_000  # of each set of parameters, for its moments
 
 FARTHEST = 4.0
 """Standard deviations that no column of the condition is farther out than."""
@@ -64,13 +70,18 @@ class LocalFrame(eqx.Module):
     Where the posterior of every x is near the normal $N(m(x), L(x) L(x)^T)$ in the prior's unconstrained space, w is
     near a standard normal for all x, however much posteriors move and change their widths over the prior.
 
+    Under a proposal in place of the prior posteriors are others: with a `tilt` $(\Delta, \delta)$ the normal in use is
+    that of precision $(LL^T)^{-1} + \Delta$ and of that times its mean $(LL^T)^{-1} m + \delta$ (`tilt_to`).
+
     Attributes:
         dim: Number of parameters p.
         reach: The 5 above.
+        tilt: As above; None for the normals as x has them.
     """
 
     dim: int = eqx.field(static=True)
     reach: float = eqx.field(static=True, default=REACH)
+    tilt: tuple[Float[Array, "p p"], Float[Array, " p"]] | None = None
 
     def unpack(self, x: Float[Array, "*n d"]) -> tuple[Float[Array, "*n p"], Float[Array, "*n p p"]]:
         """(m, L) of rows of x."""
@@ -80,16 +91,34 @@ class LocalFrame(eqx.Module):
         unit = unit.at[..., i, j].set(x[..., 2 * p : frame_width(p)])
         return x[..., :p], jnp.exp(x[..., p : 2 * p])[..., None] * unit
 
+    def normal(self, x: Float[Array, "*n d"]) -> tuple[Float[Array, "*n p"], Float[Array, "*n p p"]]:
+        """(m, L) of the normals in use."""
+        mean, root = self.unpack(x)
+        if self.tilt is None:
+            return mean, root
+        more, shift = (jnp.asarray(a, mean.dtype) for a in self.tilt)
+        # In units of L, where the precision is M = 1 + L' Delta L: numbers of order one whatever the parameters' units.
+        unit = jnp.broadcast_to(jnp.eye(self.dim, dtype=mean.dtype), root.shape)
+        precision = unit + jnp.einsum("...ji,jk,...kl->...il", root, more, root)
+        lower = jnp.linalg.cholesky(precision)
+        usable = jnp.all(jnp.isfinite(lower), (-2, -1), keepdims=True)  # else wider than the prior: as it stands
+        inverse = solve_triangular(jnp.where(usable, lower, unit), unit, lower=True)
+        covariance = jnp.swapaxes(inverse, -1, -2) @ inverse
+        pull = jnp.broadcast_to(shift, mean.shape) - jnp.einsum("ij,...j->...i", more, mean)
+        moved = mean + jnp.einsum("...ij,...jk,...lk,...l->...i", root, covariance, root, pull)
+        narrowed = root @ jnp.linalg.cholesky(covariance)
+        return jnp.where(usable[..., 0], moved, mean), jnp.where(usable, narrowed, root)
+
     def to_local(self, u: Float[Array, "*n p"], x: Float[Array, "*n d"]) -> tuple[Array, Float[Array, "*n"]]:
         r"""$(w, \log|\det \partial w/\partial u|)$; leading dimensions are the same."""
-        mean, root = self.unpack(x)
+        mean, root = self.normal(x)
         r = solve_triangular(root, (u - mean)[..., None], lower=True)[..., 0]
-        log_slope = -0.5 * jnp.log1p((r / self.reach) ** 2) - x[..., self.dim : 2 * self.dim]
+        log_slope = -0.5 * jnp.log1p((r / self.reach) ** 2) - jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1))
         return self.reach * jnp.arcsinh(r / self.reach), jnp.sum(log_slope, -1)
 
     def from_local(self, w: Float[Array, "*n p"], x: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """u(w, x)."""
-        mean, root = self.unpack(x)
+        mean, root = self.normal(x)
         return mean + jnp.einsum("...ij,...j->...i", root, self.reach * jnp.sinh(w / self.reach))
 
     def score_to_local(self, score: Float[Array, "n p"], u: Float[Array, "n p"], x: Float[Array, "n d"]):
@@ -109,6 +138,28 @@ class LocalFrame(eqx.Module):
                 f"Expected x that begins with a normal approximation (pack_frame), {frame_width(self.dim)} numbers for "
                 f"{self.dim} parameters; got {x_width} columns. Without one: framed=False."
             )
+
+
+def tilt_to(prior: Prior, proposals: Proposals, theta: Sequence[Any]) -> tuple[Array, Array]:
+    r"""`LocalFrame.tilt` from posteriors under the prior (0) to those under proposals (1).
+
+    $(P_1 - P_0, P_1 m_1 - P_0 m_0)$ with their precisions P and means m in unconstrained space. Those of the mixture of
+    proposals are exact where all are normal (`GaussianProposal`), and else those of the parameters `theta`, arrays
+    (n, p), that were drawn from them.
+    """
+    if all(isinstance(c, GaussianProposal) for c in proposals.components):
+        weights = np.asarray(proposals.fractions)
+        means = np.stack([np.asarray(c.loc, float) for c in proposals.components])
+        roots = np.stack([np.asarray(c.root, float) for c in proposals.components])
+        mean = weights @ means
+        about = (means - mean)[:, :, None] * (means - mean)[:, None]
+        covariance = np.einsum("k,kij->ij", weights, roots @ np.swapaxes(roots, 1, 2) + about)
+    else:
+        mean, covariance = prior.unconstrained_moments(np.concatenate([np.asarray(t[:_ROWS]) for t in theta]))
+    loc, scale = prior.unconstrained_spread()
+    before, after = np.diag(scale**-2.0), np.linalg.inv(covariance)
+    more, shift = after - before, after @ mean - before @ loc
+    return jnp.asarray(more, jnp.result_type(float)), jnp.asarray(shift, jnp.result_type(float))
 
 
 def winsorised(u: np.ndarray, cut: float = 4.0) -> np.ndarray:

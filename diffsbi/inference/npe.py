@@ -15,6 +15,7 @@ from diffsbi.inference.frames import (
     LocalFrame,
     fit_in_frames,
     pseudo_rows_for,
+    tilt_to,
     with_pseudo_rows,
 )
 from diffsbi.inference.losses import Atomic, mean_nll, prior_score
@@ -51,8 +52,8 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
     Where posteriors change their place and width a lot over the proposal, one linear standardisation is far from each
     of them. `framed=True` is for data that begin with a normal approximation of their own posterior (`LocalFrame`, made
     by `compression.LaplaceMode` or `PathMode`, say): the density is learned in its coordinates, and the fit has only to
-    learn where the approximation is wrong; it starts from the belief that it is right (`fit_in_frames`), in `fit`
-    unless q is reweighted.
+    learn where the approximation is wrong; it starts from the belief that it is right (`fit_in_frames`). Where q is to
+    be reweighted, the approximation is that under the proposals (`tilt_to`).
 
     Args:
         prior: A `Prior`, or anything with a `prior` (a simulator).
@@ -92,17 +93,26 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
     def _roles(self, rows):
         return rows["u"], rows["x"]
 
+    def _frame(self) -> LocalFrame | None:
+        """The frame of what q is: the posterior under the prior, or under proposals where it is to be reweighted."""
+        proposals = self._proposals()
+        if self.frame is None or proposals is None or self.correction != "reweight":
+            return self.frame
+        tilt = tilt_to(self.prior, proposals, [part.theta for part in self._rows])
+        return LocalFrame(self.frame.dim, self.frame.reach, tilt)
+
     def _tails(self, x):
         return super()._tails(x) if self.frame is None else None  # frames are read off x as it is; see `fit_in_frames`
 
     def _columns(self, correct, tails, theta, x, score):
         rows = super()._columns(correct, tails, theta, x, score)
-        if self.frame is None:
+        frame = self._frame()
+        if frame is None:
             return rows
         u, x = jnp.asarray(rows["u"]), jnp.asarray(rows["x"])
-        moved = {"u": self.frame.to_local(u, x)[0]}
+        moved = {"u": frame.to_local(u, x)[0]}
         if score is not None:
-            moved["score"] = self.frame.score_to_local(jnp.asarray(rows["score"]), u, x)
+            moved["score"] = frame.score_to_local(jnp.asarray(rows["score"]), u, x)
         for name, value in moved.items():
             check_finite(f"{name} in the local frame", value)
         if (far := float(jnp.median(jnp.abs(moved["u"])))) > _FAR:
@@ -116,7 +126,8 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
     def _config(self, rows, members):
         config = super()._config(rows, members)
         if self.frame is not None:
-            config["framed"] = {"reach": self.frame.reach, "bound": FARTHEST}
+            tilted = self._frame().tilt is not None
+            config["framed"] = {"reach": self.frame.reach, "bound": FARTHEST, "tilted": tilted}
         return config
 
     def _fit_standardiser(self, modelled, condition):
@@ -125,7 +136,7 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         )
 
     def _believed(self, key, standardiser, data, validation):
-        if not self._has_pseudo_rows() or callable(data):  # a stream has rows enough
+        if self.frame is None or callable(data):  # a stream has rows enough
             return data, validation
         w = standardiser.from_standard(data["v"], data["c"])
         for_each = pseudo_rows_for(np.asarray(w)) / len(w)
@@ -135,11 +146,7 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         )
 
     def _rows_per_epoch(self, rows):
-        return rows.per_epoch + (PSEUDO_DRAWS if self._has_pseudo_rows() and isinstance(rows, InMemory) else 0)
-
-    def _has_pseudo_rows(self) -> bool:
-        """Frames are of the posterior under the prior: where q is another one, nothing is believed of it."""
-        return self.frame is not None and (self._proposals() is None or self.correction != "reweight")
+        return rows.per_epoch + (PSEUDO_DRAWS if self.frame is not None and isinstance(rows, InMemory) else 0)
 
     def _target_score(self, of_likelihood, of_prior):
         return of_likelihood + of_prior
@@ -181,7 +188,7 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         return Atomic(self.n_atoms, jnp.linalg.solve(standardiser.lower, standardiser.slope))
 
     def _posterior(self, members, histories, config_json):
-        members = tuple(Member(m.standardiser, m.density, self.frame) for m in members)
+        members = tuple(Member(m.standardiser, m.density, self._frame()) for m in members)
         proposals = self._proposals()
         if proposals is None or self.correction != "reweight":
             return Posterior(self.prior, members, histories, config_json)

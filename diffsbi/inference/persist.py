@@ -215,7 +215,8 @@ def _empty_member(density, dim: int, config: dict[str, Any]) -> Member:
     of, given = (config["x_dim"], dim) if _models_data(config) else (dim, config["x_dim"])
     shapes = ((given,), (given, given), (of,), (of, given), (of, of))
     framed = config.get("framed")
-    frame = LocalFrame(dim, framed["reach"]) if framed else None
+    tilt = (jnp.zeros((dim, dim)), jnp.zeros(dim)) if framed and framed.get("tilted") else None
+    frame = LocalFrame(dim, framed["reach"], tilt) if framed else None
     standardiser = Standardiser(*(jnp.zeros(shape) for shape in shapes), bound=framed["bound"] if framed else None)
     if config.get("estimator") == "NRE":
         return RatioMember(standardiser, ratio_network(jax.random.key(0), of, given, **config["density_options"]))

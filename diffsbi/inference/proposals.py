@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from diffsbi._types import Array, Float, Key, check_key, check_trailing
+from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
 from diffsbi.prior import Prior
 
 
@@ -36,6 +36,16 @@ class GaussianProposal(eqx.Module):
         distance = jnp.sum(solve_triangular(self.root, flat.T, lower=True) ** 2, 0).reshape(u.shape[:-1])
         norm = 0.5 * self.prior.dim * jnp.log(2 * jnp.pi) + jnp.sum(jnp.log(jnp.diag(self.root)))
         return -0.5 * distance - norm - self.prior.log_det_jacobian(u)
+
+    def along(self, name: str, widths: float = 0.8) -> Float[Array, " p"]:
+        r"""The change of u where that of parameter `name` is so many widths, and the others follow it on average.
+
+        $C_{\cdot i} / \sqrt{C_{ii}}$ times `widths`, with $C = RR^T$: a step along the proposal's longest direction in
+        that parameter.
+        """
+        check_names([name], list(self.prior.names), "name")
+        i = self.prior.names.index(name)
+        return widths * self.root @ self.root[i] / jnp.linalg.norm(self.root[i])
 
 
 def gaussian_proposal(prior, theta: Float[Array, "n p"], widen: float = 1.25) -> GaussianProposal:

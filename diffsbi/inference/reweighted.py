@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsbi._choose import choose
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.inference.posterior import (
     DensityPosterior,
@@ -20,7 +21,10 @@ from diffsbi.inference.proposals import Proposals
 
 _BLOCK = 20_000
 _MOST_BLOCKS = 50
-_EFFECTIVE = 4  # effective candidates for each draw that is returned
+_EFFECTIVE, _FEW_EFFECTIVE = (
+    10,
+    4,
+)  # effective candidates for each draw that is returned; fewer than the latter: a warning
 
 
 class ReweightedPosterior(DensityPosterior):
@@ -37,8 +41,8 @@ class ReweightedPosterior(DensityPosterior):
     def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None) -> Float[Array, "n *m p"]:
         r"""`n` distinct draws of theta, `(n, p)`; `(n, *m, p)` for data with leading dimensions.
 
-        Draws of q are kept with probabilities in proportion to $p/\tilde p$, out of enough of them to be worth 4 n
-        effective ones; at most a million are made. A warning says where those are not enough.
+        Draws of q are kept with probabilities in proportion to $p/\tilde p$, out of enough of them to be worth 10 n
+        effective ones; at most a million are made. A warning says where those are not worth 4 n.
 
         Raises:
             ValueError: If `n` < 1, or x has the wrong width, no rows, is not finite, or is missing.
@@ -84,19 +88,17 @@ class ReweightedPosterior(DensityPosterior):
             effective = weight.sum() ** 2 / np.sum(weight**2)
             if effective >= _EFFECTIVE * n:
                 break
-        else:
+        if effective < _FEW_EFFECTIVE * n:
             warnings.warn(
                 f"{len(weight)} draws under the proposal are worth {effective:.0f} of the posterior, of which {n} were "
                 "asked for: the proposal, or the fit, does not cover it. Simulate from a wider proposal, or use NLE.",
                 stacklevel=3,
             )
-        if len(weight) < n:
-            raise ValueError(f"Expected n <= {_MOST_BLOCKS * _BLOCK} draws; got {n}.")
-        # Gumbel's trick: the n largest are draws without replacement, in proportion to the weights.
-        with np.errstate(divide="ignore"):
-            order = np.log(weight) + np.asarray(jax.random.gumbel(key_choose, weight.shape))
-        chosen = np.argpartition(-order, n - 1)[:n]
-        return jnp.asarray(np.concatenate(thetas)[np.random.default_rng(0).permutation(chosen)])
+        if np.sum(weight > 0) < n:
+            most = f"{np.sum(weight > 0)} of {len(weight)} candidates are where simulations were"
+            raise ValueError(f"Expected fewer draws than n={n}: {most}.")
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key_choose)))
+        return jnp.asarray(np.concatenate(thetas)[choose(weight, n, rng)])
 
 
 @eqx.filter_jit

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import logsumexp
 from tqdm.auto import tqdm
 
+from diffsbi._choose import choose
 from diffsbi._types import Array, Float, Key, check_key, check_trailing
 from diffsbi.prior import Prior
 from diffsbi.sampling.blocks import BlockStore, array_digest
@@ -74,7 +75,7 @@ class PathPosterior(eqx.Module):
         return self.surface(v).reshape(u.shape[:-1])
 
     def sample(self, key: Key, n: int) -> Float[Array, "n p"]:
-        """`n` draws, chosen without replacement by their weights among candidates of a t distribution.
+        """`n` distinct draws, chosen by their weights among candidates of a t distribution.
 
         Raises:
             ValueError: `n` < 1.
@@ -82,9 +83,8 @@ class PathPosterior(eqx.Module):
         if n < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
         v, log_weight = self._weighted(_generator(key), max(CANDIDATES, 20 * n))
-        noise = _generator(jax.random.fold_in(key, 1)).gumbel(size=len(v))
-        chosen = np.argpartition(-(log_weight + noise), n - 1)[:n]
-        u = self.centre + v[np.sort(chosen)] @ self.root.T
+        chosen = choose(np.exp(log_weight - log_weight.max()), n, _generator(jax.random.fold_in(key, 1)))
+        u = self.centre + v[chosen] @ self.root.T
         return self.prior.from_unconstrained(jnp.asarray(u, jnp.result_type(float)))
 
     def normal(self) -> tuple[np.ndarray, np.ndarray]:
