@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LONGEST = 400
 
-BOTTOM = {"_types", "_files", "prior", "bands"}
+BOTTOM = {"_types", "_files", "_choose", "prior", "bands"}
 ROOMS: dict[str, set[str]] = {
     "_types": set(),
     "_files": set(),
