@@ -86,7 +86,9 @@ def exact(sim, estimator: str, theta, x, n_grid: int) -> np.ndarray:
 def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `divergences.json`, print the tables."""
     check_names(cfg.estimators, list(ESTIMATORS), "estimators")
-    run = start_run(out, {"name": "default_settings"} | dataclasses.asdict(cfg), ("simulations", "fits", "test"))
+    complete = lambda old: {"estimators": list(ESTIMATORS), "weights": []} | dict(old)  # noqa: E731  (older runs)
+    config = {"name": "default_settings"} | dataclasses.asdict(cfg)
+    run = start_run(out, config, ("simulations", "fits", "test"), complete=complete)
     sims = {"linear_gaussian": ds.linear_gaussian(), "scatter": Scatter()}
     cases = itertools.product(sims, cfg.estimators, range(cfg.seeds))
     tests = {case: _test(cfg, run, sims[case[0]], *case[1:]) for case in cases}

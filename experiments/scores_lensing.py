@@ -237,7 +237,7 @@ def _proposal(cfg: Config, sim, x, run):
 
 
 def _path(cfg: Config, sim, x, run, folder: Path) -> dict:
-    """Draws of the posterior that a path of gradients gives, and what it is worth by itself."""
+    """Draws of the posterior that a path of gradients gives."""
     key = run.key("paths")
     settings = dict(n_points=cfg.n_points, until_error=None, folder=folder / "blocks", progress=True)
     found = ds.path_posterior(sim, x, key, **settings)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import diffsbi as ds
 from diffsbi import compression, summaries
 from experiments.set_toys import Velocities, regression_sets, velocity_graphs
 
@@ -48,3 +49,16 @@ def test_sets_and_graphs():
     given = dict(jax=jax, jnp=jnp, u=u, graphs=graphs, graph=graph, mask=jnp.ones(8, bool))
     exec(example("check_graph(graphs)"), given)
     assert given["score"].shape == u[0].shape and given["history"].best_validation < given["history"].first_validation
+
+
+@pytest.mark.slow
+def test_scores_at_a_point_and_their_change():
+    sim = ds.lsst_y10(n_pix=8, side_deg=2.0, n_bins=2)
+    proposal = ds.gaussian_proposal(sim, sim.prior.sample(jax.random.key(0), (100,)))
+    given = dict(sim=sim, proposal=proposal, draws=sim.draw(jax.random.key(1), 3, with_score=False))
+    exec(example("import LatentScores, MarginalScore"), given)
+    assert given["t"].shape == (3, 6)
+    first = given["t"]
+    exec(example("import ScoreChange"), given)
+    assert given["t"].shape == (3, 12)
+    np.testing.assert_allclose(given["t"][:, :6], first, rtol=1e-4, atol=1e-4)

@@ -39,6 +39,21 @@ def test_rows_without_tails_are_left_alone():
     np.testing.assert_allclose(scale, 1, atol=0.06)  # three standard errors
 
 
+def test_columns_of_which_most_rows_are_the_same_keep_their_information():
+    rng = np.random.default_rng(0)
+    counts = np.where(rng.uniform(size=5000) < 0.6, 1e-6 * rng.standard_normal(5000), rng.lognormal(0, 0.3, 5000))
+    assert fit_tails(counts[:, None]) is None
+    counts[3] = FAR
+    tails = fit_tails(counts[:, None])
+    drawn = np.asarray(tails.draw_in(jnp.asarray(counts[:, None])))[:, 0]
+    np.testing.assert_array_equal(np.delete(drawn, 3), np.delete(counts, 3).astype(drawn.dtype))
+    assert drawn[3] < 30
+    few = np.where(rng.uniform(size=5000) < 0.8, 0.0, rng.standard_normal(5000))  # the median deviation is zero
+    assert fit_tails(few[:, None]) is None
+    few[3] = FAR
+    assert fit_tails(few[:, None]).draw_in(jnp.asarray(few[3:4, None]))[0, 0] < 30
+
+
 def data(sim, far=True):
     """Rows of the linear simulator, of which one is far out, and it alone."""
     draws = sim.draw(jax.random.key(0), 2000)
@@ -108,7 +123,7 @@ def test_a_ratio_does_not_know_of_coordinates(x64, monkeypatch):
     theta, x = heavy()
     posterior = NRE(PRIOR, width=8).append(theta, x).fit(jax.random.key(1), members=1, max_epochs=2)
     tails = fit_tails(x)
-    monkeypatch.setattr(NRE, "_tails", lambda self, x: None)
+    monkeypatch.setattr(NRE, "_tails", lambda self, x, always: None)
     given = NRE(PRIOR, width=8).append(theta, np.asarray(tails.draw_in(jnp.asarray(x))))
     expected = given.fit(jax.random.key(1), members=1, max_epochs=2)
     far = jnp.asarray(x[np.argsort(-np.abs(x[:, 0]))[:3]])
@@ -117,14 +132,26 @@ def test_a_ratio_does_not_know_of_coordinates(x64, monkeypatch):
     )
 
 
+def test_draws_and_chains_are_of_the_data_as_given():
+    posterior = NLE(PRIOR, gaussian).append(*heavy()).fit(jax.random.key(1), members=1, max_epochs=5)
+    x = jnp.asarray([60.0])
+    assert abs(posterior._data(x) - x) > 1 and "tails" in posterior.config
+    settings = dict(n_chains=2, n_warmup=50)
+    theta = posterior.sample(jax.random.key(2), 200, x, **settings)
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(2), 0))
+    chains = posterior.chains(key, x, n_samples=100, **settings)
+    np.testing.assert_allclose(np.sort(theta.ravel()), np.sort(chains.theta.ravel()), rtol=1e-5)
+
+
 def test_rows_that_are_streamed_have_their_tails_drawn_in(linear, monkeypatch, tmp_path):
     monkeypatch.setattr(streams, "MOST_ROWS", 1000)
     monkeypatch.setattr(rows, "_BLOCK_ROWS", 4096)
     theta, x, _ = data(linear)
+    x[[5, 70]] = x[[70, 5]]  # among rows of which the sample that is looked at first has none
     np.save(tmp_path / "x.npy", x)
+    theta[[5, 70]] = theta[[70, 5]]
     estimator = NPE(linear, gaussian).append(theta, np.load(tmp_path / "x.npy", mmap_mode="r"))
-    with pytest.warns(UserWarning, match="counted in logarithms"):
-        posterior = estimator.fit(jax.random.key(1), members=1, max_epochs=5)
+    posterior = estimator.fit(jax.random.key(1), members=1, max_epochs=5)
     assert "tails" in posterior.config
     np.testing.assert_allclose(posterior.config["x_range"][1], x.max(0), rtol=1e-5)
 
@@ -137,7 +164,7 @@ def test_frames_are_read_as_they_are_and_standardised_without_the_tails():
     more = rng.standard_normal((2000, 1))
     more[3] = FAR
     x = np.concatenate([frame, more], 1)
-    with pytest.warns(UserWarning, match="held within 10 for the standardisation"):
+    with pytest.warns(UserWarning, match="from 10 on in the standardisation, and bounded"):
         posterior = NPE(PRIOR, gaussian, framed=True).append(theta, x).fit(jax.random.key(1), members=1, max_epochs=2)
     assert "tails" not in posterior.config
     c = np.delete(posterior.members[0].standardiser.condition(jnp.asarray(x)), 3, 0)

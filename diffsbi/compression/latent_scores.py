@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, check_trailing, checked_rows
+from diffsbi._types import Array, Float, check_finite, check_trailing, checked_rows
 from diffsbi.inference.frames import pack_frame
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
 from diffsbi.prior import Prior
@@ -238,7 +238,8 @@ class ScoreChange(eqx.Module):
 
     def many(self, x, *, progress: bool = False) -> Float[Array, "n 2p"]:
         """The numbers of every row of `x`."""
-        return jnp.stack([self(row) for row in tqdm(x, desc="ScoreChange", unit="row", disable=not progress)])
+        rows = tqdm(checked_rows(x, np.shape(x)[1:]), desc="ScoreChange", unit="row", disable=not progress)
+        return jnp.stack([self(row) for row in rows])
 
 
 class ScoreFrame(eqx.Module):
@@ -257,7 +258,8 @@ class ScoreFrame(eqx.Module):
         theta: Draws of its posterior, `(n, p)`, from `path_posterior`, say.
 
     Raises:
-        ValueError: Draws of the wrong shape, too few of them, not finite or outside the prior.
+        ValueError: Draws of the wrong shape, too few of them, not finite or outside the prior; or a score of x that is
+            not finite.
     """
 
     score: Callable[[Array], Array]
@@ -265,6 +267,7 @@ class ScoreFrame(eqx.Module):
     root: Float[Array, "p p"]
     gain: Float[Array, "p p"]
     observed: Float[Array, " p"]
+    shape: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, at: Callable[[Array], Any], prior, theta0, x, theta):
         prior = prior if isinstance(prior, Prior) else prior.prior
@@ -275,7 +278,9 @@ class ScoreFrame(eqx.Module):
         moments = (mean, np.linalg.cholesky(covariance), covariance @ jacobian.T)
         self.mean, self.root, self.gain = (jnp.asarray(a, jnp.result_type(float)) for a in moments)
         self.score = at(theta0)
+        self.shape = tuple(np.shape(x))
         self.observed = self.score(jnp.asarray(x, jnp.result_type(float)))
+        check_finite("score of the observation", self.observed)
 
     def __call__(self, x: Array) -> Float[Array, " k"]:
         """The numbers of the normal of one data set."""
@@ -283,7 +288,8 @@ class ScoreFrame(eqx.Module):
 
     def many(self, x, *, progress: bool = False) -> Float[Array, "n k"]:
         """Those of every row of `x`."""
-        return jnp.stack([self(row) for row in tqdm(x, desc="ScoreFrame", unit="row", disable=not progress)])
+        rows = tqdm(checked_rows(x, self.shape), desc="ScoreFrame", unit="row", disable=not progress)
+        return jnp.stack([self(row) for row in rows])
 
 
 def checked_point(sim, theta0) -> Float[Array, " p"]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from diffsbi._types import Array, Float
 from diffsbi.inference.standardise import ridge_regression, whitening
-from diffsbi.inference.tails import REACH
+from diffsbi.inference.tails import REACH, robust_moments
 
 _SIGNIFICANT = 5.0  # standard errors
 _LEAST_ROWS = 50
@@ -15,19 +15,17 @@ _TOO_FAR = 300.0  # robust standard deviations
 
 def outlier_warnings(x: Float[Array, "n d"], drawn_in: bool = True) -> list[str]:
     """Rows so far from all others that something may be wrong with them; whether they are `drawn_in` (`Tails`)."""
-    data = np.asarray(x, float)
-    centre = np.median(data, 0)
-    spread = 1.4826 * np.median(np.abs(data - centre), 0)
-    distance = np.where(spread > 0, np.abs(data - centre) / np.where(spread > 0, spread, 1.0), 0.0)
+    data, moments = np.asarray(x, float), robust_moments(x)
+    distance = moments.distance(data)
     rows = np.flatnonzero((distance > _TOO_FAR).any(1))
     if len(data) < _LEAST_ROWS or not len(rows):
         return []
     row, column = np.unravel_index(int(distance.argmax()), distance.shape)
-    done = f"counted in logarithms from {REACH:g} on" if drawn_in else f"held within {REACH:g} for the standardisation"
+    done = f"counted in logarithms from {REACH:g} on" + ("" if drawn_in else " in the standardisation, and bounded")
     return [
         f"{len(rows)} of {len(data)} rows of x lie more than {_TOO_FAR:g} robust standard deviations from the median "
-        f"(row {row}, column {column}: {data[row, column]:.3g}, the median {centre[column]:.3g}). They are {done}, so "
-        "that they do not decide the fit; x with shorter tails (its logarithm, arcsinh) may say more."
+        f"(row {row}, column {column}: {data[row, column]:.3g}, the median {moments.centre[column]:.3g}). They are "
+        f"{done}, so that they do not decide the fit; x with shorter tails (its logarithm, arcsinh) may say more."
     ]
 
 

@@ -222,7 +222,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         messages: list[str] = []
 
         def prepare(theta, x, score):
-            tails = self._tails(x)
+            tails = self._tails(x, is_many(*arrays))
             messages.extend(outlier_warnings(x, tails is not None))
             if score is not None:
                 messages.extend(self._score_warnings(theta, drawn_in(tails, x), score))
@@ -240,9 +240,9 @@ class Estimator(abc.ABC, Generic[Fitted]):
             warnings.warn(message, stacklevel=3)
         return rows
 
-    def _tails(self, x: Float[Array, "n d"]) -> Tails | None:
-        """How rows of x that are far from all others are drawn in."""
-        return fit_tails(x)
+    def _tails(self, x: Float[Array, "n d"], always: bool) -> Tails | None:
+        """How rows that are far from all others are drawn in; `always`: there are more rows than these of x."""
+        return fit_tails(x, always)
 
     def _columns(self, correct, tails: Tails | None, theta, x, score) -> Columns:
         """Rows in unconstrained space, x with its tails drawn in."""

@@ -12,7 +12,7 @@ from jax.scipy.linalg import solve_triangular
 from scipy.special import multigammaln
 
 from diffsbi._types import Array, Float, Key
-from diffsbi.inference.proposals import GaussianProposal, Proposals
+from diffsbi.inference.proposals import GaussianProposal
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
 from diffsbi.prior import Prior
 
@@ -28,6 +28,9 @@ UNIT = float(_WEIGHTS @ (REACH * np.arcsinh(_NODES / REACH)) ** 2 / np.sqrt(2 * 
 
 PSEUDO_DRAWS = 256
 """Rows that stand for the pseudo-simulations while a density is trained, each by its part of their number."""
+
+MOST_WIDENED = 2.0
+"""Times as wide as it was that a normal becomes at most under a proposal (in places wider than the prior)."""
 
 _ROWS = 20_000  # of each set of parameters, for its moments
 
@@ -71,7 +74,8 @@ class LocalFrame(eqx.Module):
     near a standard normal for all x, however much posteriors move and change their widths over the prior.
 
     Under a proposal in place of the prior posteriors are others: with a `tilt` $(\Delta, \delta)$ the normal in use is
-    that of precision $(LL^T)^{-1} + \Delta$ and of that times its mean $(LL^T)^{-1} m + \delta$ (`tilt_to`).
+    that of precision $(LL^T)^{-1} + \Delta$ and of that times its mean $(LL^T)^{-1} m + \delta$ (`tilt_to`), but for
+    directions in which that would be more than twice as wide.
 
     Attributes:
         dim: Number of parameters p.
@@ -99,15 +103,12 @@ class LocalFrame(eqx.Module):
         more, shift = (jnp.asarray(a, mean.dtype) for a in self.tilt)
         # In units of L, where the precision is M = 1 + L' Delta L: numbers of order one whatever the parameters' units.
         unit = jnp.broadcast_to(jnp.eye(self.dim, dtype=mean.dtype), root.shape)
-        precision = unit + jnp.einsum("...ji,jk,...kl->...il", root, more, root)
-        lower = jnp.linalg.cholesky(precision)
-        usable = jnp.all(jnp.isfinite(lower), (-2, -1), keepdims=True)  # else wider than the prior: as it stands
-        inverse = solve_triangular(jnp.where(usable, lower, unit), unit, lower=True)
-        covariance = jnp.swapaxes(inverse, -1, -2) @ inverse
+        values, vectors = jnp.linalg.eigh(unit + jnp.einsum("...ji,jk,...kl->...il", root, more, root))
+        values = jnp.maximum(values, 1 / MOST_WIDENED**2)
+        covariance = jnp.einsum("...ij,...j,...kj->...ik", vectors, 1 / values, vectors)
         pull = jnp.broadcast_to(shift, mean.shape) - jnp.einsum("ij,...j->...i", more, mean)
         moved = mean + jnp.einsum("...ij,...jk,...lk,...l->...i", root, covariance, root, pull)
-        narrowed = root @ jnp.linalg.cholesky(covariance)
-        return jnp.where(usable[..., 0], moved, mean), jnp.where(usable, narrowed, root)
+        return moved, root @ jnp.linalg.cholesky(covariance)
 
     def to_local(self, u: Float[Array, "*n p"], x: Float[Array, "*n d"]) -> tuple[Array, Float[Array, "*n"]]:
         r"""$(w, \log|\det \partial w/\partial u|)$; leading dimensions are the same."""
@@ -140,26 +141,34 @@ class LocalFrame(eqx.Module):
             )
 
 
-def tilt_to(prior: Prior, proposals: Proposals, theta: Sequence[Any]) -> tuple[Array, Array]:
+def tilt_to(prior: Prior, parts: Sequence[tuple[Any, Any]]) -> tuple[Array, Array]:
     r"""`LocalFrame.tilt` from posteriors under the prior (0) to those under proposals (1).
 
-    $(P_1 - P_0, P_1 m_1 - P_0 m_0)$ with their precisions P and means m in unconstrained space. Those of the mixture of
-    proposals are exact where all are normal (`GaussianProposal`), and else those of the parameters `theta`, arrays
-    (n, p), that were drawn from them.
+    $(P_1 - P_0, P_1 m_1 - P_0 m_0)$ with their precisions P and means m in unconstrained space.
+
+    Args:
+        prior: The prior.
+        parts: The proposal (None for the prior) and the parameters (n, p) of each set of simulations. Those of a
+            proposal that is no `GaussianProposal` give its moments.
     """
-    if all(isinstance(c, GaussianProposal) for c in proposals.components):
-        weights = np.asarray(proposals.fractions)
-        means = np.stack([np.asarray(c.loc, float) for c in proposals.components])
-        roots = np.stack([np.asarray(c.root, float) for c in proposals.components])
-        mean = weights @ means
-        about = (means - mean)[:, :, None] * (means - mean)[:, None]
-        covariance = np.einsum("k,kij->ij", weights, roots @ np.swapaxes(roots, 1, 2) + about)
-    else:
-        mean, covariance = prior.unconstrained_moments(np.concatenate([np.asarray(t[:_ROWS]) for t in theta]))
     loc, scale = prior.unconstrained_spread()
+    weights = np.array([len(theta) for _, theta in parts]) / sum(len(theta) for _, theta in parts)
+    moments = [_moments(prior, *part) for part in parts]
+    mean = weights @ np.stack([m for m, _ in moments])
+    covariance = sum(w * (c + np.outer(m - mean, m - mean)) for w, (m, c) in zip(weights, moments, strict=True))
     before, after = np.diag(scale**-2.0), np.linalg.inv(covariance)
     more, shift = after - before, after @ mean - before @ loc
     return jnp.asarray(more, jnp.result_type(float)), jnp.asarray(shift, jnp.result_type(float))
+
+
+def _moments(prior: Prior, proposal, theta) -> tuple[np.ndarray, np.ndarray]:
+    if proposal is None:
+        loc, scale = prior.unconstrained_spread()
+        return loc, np.diag(scale**2)
+    if isinstance(proposal, GaussianProposal):
+        root = np.asarray(proposal.root, float)
+        return np.asarray(proposal.loc, float), root @ root.T
+    return prior.unconstrained_moments(np.asarray(theta[:_ROWS]))
 
 
 def winsorised(u: np.ndarray, cut: float = 4.0) -> np.ndarray:

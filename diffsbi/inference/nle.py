@@ -111,7 +111,7 @@ class LikelihoodPosterior(FittedPosterior):
         """
         if n < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
-        data = self._observations(x)
+        data = self._rows(x)
         flat = data.reshape(-1, self.x_dim)
         n_chains = settings.setdefault("n_chains", 4)
         if n_chains < 1:

@@ -98,11 +98,12 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         proposals = self._proposals()
         if self.frame is None or proposals is None or self.correction != "reweight":
             return self.frame
-        tilt = tilt_to(self.prior, proposals, [part.theta for part in self._rows])
+        tilt = tilt_to(self.prior, [(part.proposal, part.theta) for part in self._rows])
         return LocalFrame(self.frame.dim, self.frame.reach, tilt)
 
-    def _tails(self, x):
-        return super()._tails(x) if self.frame is None else None  # frames are read off x as it is; see `fit_in_frames`
+    def _tails(self, x, always):
+        # Frames are read off x as it is; see `fit_in_frames`.
+        return super()._tails(x, always) if self.frame is None else None
 
     def _columns(self, correct, tails, theta, x, score):
         rows = super()._columns(correct, tails, theta, x, score)
@@ -188,7 +189,8 @@ class NPE(Estimator[Posterior | ReweightedPosterior]):
         return Atomic(self.n_atoms, jnp.linalg.solve(standardiser.lower, standardiser.slope))
 
     def _posterior(self, members, histories, config_json):
-        members = tuple(Member(m.standardiser, m.density, self._frame()) for m in members)
+        frame = self._frame()
+        members = tuple(Member(m.standardiser, m.density, frame) for m in members)
         proposals = self._proposals()
         if proposals is None or self.correction != "reweight":
             return Posterior(self.prior, members, histories, config_json)

@@ -148,8 +148,12 @@ class FittedPosterior(eqx.Module):
         return jnp.asarray(x, jnp.result_type(float))
 
     def _observations(self, x) -> Array:
-        """The data to sample for: at least one row."""
-        data = self._data(x)
+        """The data to sample for, as the members take them."""
+        return self._data(self._rows(x))
+
+    def _rows(self, x) -> Array:
+        """The data to sample for, as they are given: at least one row."""
+        data = self._checked(x)
         if not data.size:
             raise ValueError(f"Expected at least one row of x to sample for; got shape {data.shape}.")
         return data

@@ -21,10 +21,8 @@ from diffsbi.inference.proposals import Proposals
 
 _BLOCK = 20_000
 _MOST_BLOCKS = 50
-_EFFECTIVE, _FEW_EFFECTIVE = (
-    10,
-    4,
-)  # effective candidates for each draw that is returned; fewer than the latter: a warning
+_EFFECTIVE = 10  # effective candidates for each draw that is returned
+_FEW_EFFECTIVE = 4  # fewer than so many are warned about
 
 
 class ReweightedPosterior(DensityPosterior):
@@ -45,7 +43,8 @@ class ReweightedPosterior(DensityPosterior):
         effective ones; at most a million are made. A warning says where those are not worth 4 n.
 
         Raises:
-            ValueError: If `n` < 1, or x has the wrong width, no rows, is not finite, or is missing.
+            ValueError: If `n` < 1, or x has the wrong width, no rows, is not finite, or is missing; or if fewer than n
+                of a million draws of q are where simulations were.
             MemoryError: If memory is used up; the message says what to lower.
         """
         if n < 1:
@@ -80,11 +79,14 @@ class ReweightedPosterior(DensityPosterior):
         key_choose, key = jax.random.split(key)
         thetas: list[np.ndarray] = []
         weights: list[np.ndarray] = []
+        effective = 0.0
         for block in range(_MOST_BLOCKS):
             theta, weight = _candidates(self._core(), self.proposals, jax.random.fold_in(key, block), x)
             thetas, weights = [*thetas, np.asarray(theta)], [*weights, np.asarray(weight, float)]
             log_weight = np.concatenate(weights)
-            weight = np.exp(log_weight - log_weight.max())
+            weight = np.exp(log_weight - max(log_weight.max(), np.finfo(float).min))  # all zero where none is inside
+            if not weight.any():
+                continue
             effective = weight.sum() ** 2 / np.sum(weight**2)
             if effective >= _EFFECTIVE * n:
                 break

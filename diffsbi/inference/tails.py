@@ -10,11 +10,14 @@ import numpy as np
 from diffsbi._types import Array, Float
 
 REACH = 10.0
-"""Robust standard deviations (1.4826 × the median absolute deviation) from the median that are left as they are."""
+"""Robust standard deviations from the median that are left as they are."""
 
 
 class Tails(NamedTuple):
     r"""$y \to y$ for $|y| \leq 10$ and $\pm(10 + \log(|y| - 9))$ beyond, $y = (x - m) / s$, column by column.
+
+    s is 1.4826 × the median absolute deviation, or half the distance that 95 % of the rows are within where that is
+    more, as in columns of which most rows are the same: about one for a normal, by both.
 
     A bijection with a continuous derivative. A posterior given x is that given the drawn in x, and so is the ratio; a
     likelihood differs by the slope, in which there are no parameters. Columns with $s = 0$ are left alone.
@@ -48,18 +51,28 @@ class Tails(NamedTuple):
         y = (x - centre) / jnp.where(varies, scale, 1)
         return y, varies & (jnp.abs(y) > REACH), centre, scale
 
+    def distance(self, x: Float[Array, "n d"]) -> Float[np.ndarray, "n d"]:
+        """|y|; zero in columns with s = 0."""
+        scale = np.where(self.scale > 0, self.scale, np.inf)
+        return np.abs(np.asarray(x, float) - self.centre) / scale
+
     def described(self) -> dict[str, list[float]]:
         """For JSON; `tails_of` reads it."""
         return {"centre": self.centre.tolist(), "scale": self.scale.tolist()}
 
 
-def fit_tails(x: Float[Array, "n d"]) -> Tails | None:
-    """The `Tails` of these rows; None where no row is in them."""
+def fit_tails(x: Float[Array, "n d"], always: bool = False) -> Tails | None:
+    """The `Tails` of these rows; None where no row is in them, unless `always` (there are more rows than these)."""
+    tails = robust_moments(x)
+    return tails if always or (tails.distance(x) > REACH).any() else None
+
+
+def robust_moments(x: Float[Array, "n d"]) -> Tails:
+    """Centres and scales of the columns."""
     data = np.asarray(x, float)
     centre = np.median(data, 0)
-    scale = 1.4826 * np.median(np.abs(data - centre), 0)
-    far = np.abs(data - centre) > REACH * scale
-    return Tails(centre, scale) if (far & (scale > 0)).any() else None
+    away = np.abs(data - centre)
+    return Tails(centre, np.maximum(1.4826 * np.median(away, 0), np.quantile(away, 0.95, axis=0) / 2))
 
 
 def drawn_in(tails: Tails | None, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
