@@ -488,6 +488,11 @@ def test_a_posterior_moves_with_the_scores_as_the_exact_one_does():
     np.testing.assert_allclose(means / width, exact / width, atol=0.05)  # five errors of a mean, and of a covariance
     np.testing.assert_allclose(roots[3] @ roots[3].T, covariance, rtol=0.05, atol=0.05 * covariance.min())
     np.testing.assert_allclose(frame(x[0])[:2], draws.mean(0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(lambda x: frame(x))(x[2]), frame(x[2]), rtol=1e-5, atol=1e-5
+    )  # as `rounds` calls it
+    with pytest.raises(ValueError, match="finite score of the observation"):
+        ScoreFrame(functools.partial(MarginalScore, sim), sim, sim.fiducial, x[0] * jnp.nan, draws)
     with pytest.raises(ValueError, match="theta with at least 4 draws"):
         ScoreFrame(functools.partial(MarginalScore, sim), sim, sim.fiducial, x[0], draws[:3])
 

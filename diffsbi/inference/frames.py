@@ -57,9 +57,10 @@ def pack_frame(mean: Float[Array, "*n p"], root: Float[Array, "*n p p"]) -> Floa
         raise ValueError(f"Expected root with shape {(*mean.shape, mean.shape[-1])}; got {root.shape}.")
     diagonal = jnp.diagonal(root, axis1=-2, axis2=-1)
     if not isinstance(root, jax.core.Tracer):
-        bad = np.any(np.triu(np.asarray(root), 1) != 0, (-2, -1)) | np.any(np.asarray(diagonal) <= 0, -1)
+        given = np.asarray(root)  # known, though what is made of it may be traced
+        bad = np.any(np.triu(given, 1) != 0, (-2, -1)) | np.any(np.diagonal(given, axis1=-2, axis2=-1) <= 0, -1)
         if np.any(bad):
-            example = np.asarray(root)[bad][0].tolist()
+            example = given[bad][0].tolist()
             raise ValueError(
                 f"Expected lower triangular roots with a positive diagonal; {bad.sum()} are not: {example}."
             )
