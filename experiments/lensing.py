@@ -119,6 +119,13 @@ def spectrum_proposal(cfg: MapConfig, sim, x, run: Run) -> GaussianProposal:
     return gaussian_proposal(sim, spectrum_draws(cfg, sim, x, run), cfg.widen)
 
 
+def path_draws(sim, x, key, n_points: int, n: int, folder: Path) -> dict[str, np.ndarray]:
+    """`n` draws of the posterior that a path of so many points gives, and the gradients that it took."""
+    found = ds.path_posterior(sim, x, key, n_points=n_points, until_error=None, folder=folder, progress=True)
+    theta = found.sample(jax.random.fold_in(key, 1), n)
+    return {"theta": np.asarray(theta), "gradients": np.asarray(found.gradients)}
+
+
 def compress(sim, statistics, key, folder: Path, n_covariance: int, n_derivative: int) -> dict:
     """Write the score compression of `statistics` at the fiducial to `folder`; return its account."""
     compression = summaries.score_compression(

@@ -47,6 +47,7 @@ from experiments.lensing import (
     local_check,
     lost,
     merits,
+    path_draws,
     predicted,
     print_calibration,
     spectrum_proposal,
@@ -238,11 +239,9 @@ def _proposal(cfg: Config, sim, x, run):
 
 def _path(cfg: Config, sim, x, run, folder: Path) -> dict:
     """Draws of the posterior that a path of gradients gives."""
-    key = run.key("paths")
-    settings = dict(n_points=cfg.n_points, until_error=None, folder=folder / "blocks", progress=True)
-    found = ds.path_posterior(sim, x, key, **settings)
-    write_npz(folder / "draws.npz", {"theta": np.asarray(found.sample(jax.random.fold_in(key, 1), 4000))})
-    return {"gradients": int(found.gradients)}
+    found = path_draws(sim, x, run.key("paths"), cfg.n_points, 4000, folder / "blocks")
+    write_npz(folder / "draws.npz", {"theta": found["theta"]})
+    return {"gradients": int(found["gradients"])}
 
 
 def _summary(cfg: Config, sim, proposal, run, x):

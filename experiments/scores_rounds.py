@@ -33,6 +33,7 @@ from experiments.lensing import (
     distances,
     draws_under,
     merits,
+    path_draws,
     print_calibration,
     spectrum_proposal,
     summarised,
@@ -129,11 +130,7 @@ def _proposal(cfg: Config, sim, x, run, seed: int) -> ds.inference.GaussianPropo
         return spectrum_proposal(cfg, sim, x, run)
     key, path = jax.random.fold_in(run.key("paths"), seed), run.path("paths", f"{seed}.npz")
     if not path.exists():
-        folder = run.path("paths", f"{seed}")
-        settings = dict(n_points=cfg.n_points, until_error=None, folder=folder, progress=True)
-        found = ds.path_posterior(sim, x, key, **settings)
-        theta = found.sample(jax.random.fold_in(key, 1), 2 * cfg.n_samples)
-        write_npz(path, {"theta": np.asarray(theta), "gradients": np.asarray(found.gradients)})
+        write_npz(path, path_draws(sim, x, key, cfg.n_points, 2 * cfg.n_samples, run.path("paths", f"{seed}")))
     return ds.gaussian_proposal(sim, load_npz(path)["theta"], cfg.widen)
 
 

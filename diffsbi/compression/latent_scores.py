@@ -45,8 +45,7 @@ class _ScoresAtOnePoint(eqx.Module):
         Raises:
             ValueError: Rows of another shape than the simulator's data, or not finite.
         """
-        rows = tqdm(checked_rows(x, self._shape), desc=type(self).__name__, unit="row", disable=not progress)
-        return jnp.stack([self(row) for row in rows])
+        return _of_every_row(self, x, self._shape, progress)
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -238,8 +237,7 @@ class ScoreChange(eqx.Module):
 
     def many(self, x, *, progress: bool = False) -> Float[Array, "n 2p"]:
         """The numbers of every row of `x`."""
-        rows = tqdm(checked_rows(x, np.shape(x)[1:]), desc="ScoreChange", unit="row", disable=not progress)
-        return jnp.stack([self(row) for row in rows])
+        return _of_every_row(self, x, np.shape(x)[1:], progress)
 
 
 class ScoreFrame(eqx.Module):
@@ -288,8 +286,12 @@ class ScoreFrame(eqx.Module):
 
     def many(self, x, *, progress: bool = False) -> Float[Array, "n k"]:
         """Those of every row of `x`."""
-        rows = tqdm(checked_rows(x, self.shape), desc="ScoreFrame", unit="row", disable=not progress)
-        return jnp.stack([self(row) for row in rows])
+        return _of_every_row(self, x, self.shape, progress)
+
+
+def _of_every_row(statistic: Callable[[Array], Array], x, shape: tuple[int, ...], progress: bool) -> Array:
+    rows = tqdm(checked_rows(x, shape), desc=type(statistic).__name__, unit="row", disable=not progress)
+    return jnp.stack([statistic(row) for row in rows])
 
 
 def checked_point(sim, theta0) -> Float[Array, " p"]:
