@@ -22,7 +22,10 @@ TITLES = {
 }
 FREE = ("latent_scores", "score_change", "marginal_score")
 
-DRAWN = {"vmim": "network (VMIM)", "hybrid": "network beside statistics", "marginal_score": "marginal score"}
+DRAWN = {
+    "vmim": "network (VMIM)", "hybrid": "network beside statistics", "latent_scores": "latent scores",
+    "score_change": "latent scores and change", "marginal_score": "marginal score",
+}  # fmt: skip
 
 
 def draw(runs: Path) -> dict[str, plotting.Figure]:
