@@ -147,11 +147,11 @@ def _data(cfg: Config, sim, proposal, run, seed: int, x) -> dict:
         made = (np.asarray(jax.lax.map(numbers, draws.x, batch_size=50)) for numbers in kinds)
         data[name] = dict(theta=np.asarray(theta), x=(np.asarray(draws.x), *made))
         if name == "train" and {"vmim", "score", *NUMBERS} & set(cfg.compressors):
-            data[name]["score"] = _scores(cfg, sim, run, seed, key_draw, theta)
+            data[name]["score"] = scores_of(cfg, sim, run, seed, key_draw, theta)
     return data
 
 
-def _scores(cfg: Config, sim, run, seed: int, key, theta) -> np.ndarray:
+def scores_of(cfg: Config, sim, run, seed: int, key, theta) -> np.ndarray:
     """Scores of the simulations that `key` makes."""
     options = dict(latents="whitened", n_average=cfg.n_average)
     if cfg.n_average > 1:
@@ -167,7 +167,7 @@ def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: 
     """Compress by `name` from n simulations, infer, compare."""
     key = jax.random.fold_in(run.key("fits"), 1000 * seed + n)
     start = time.perf_counter()
-    compress, simulations, epochs = _compressor(cfg, sim, proposal, run, data["train"], name, n, seed)
+    compress, simulations, epochs = compressor(cfg, sim, proposal, run, data["train"], name, n, seed)
     seconds = time.perf_counter() - start
     t, t_test, (observed,) = (np.asarray(compress(data[part]["x"])) for part in ("inference", "test", "observed"))
     posterior = ds.NPE(sim.prior).append(data["inference"]["theta"], t, proposal=proposal)
@@ -179,7 +179,7 @@ def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: 
     return row | merits(theta, chain, sim.names), theta
 
 
-def _compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: int):
+def compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: int):
     """(function of rows of (map, statistics and maybe wavelets), simulations it took, epochs)."""
     centre = sim.prior.from_unconstrained(proposal.loc)
     at = functools.partial(LatentScores, sim, rates=(0.1,), last=True)

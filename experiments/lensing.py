@@ -59,6 +59,12 @@ class MapConfig:
 
 def begin(cfg: MapConfig, name: str, out: Path, stages: tuple[str, ...]):
     """The simulator, the run in `out`, a map made at the fiducial, and draws of its full-field posterior."""
+    sim, run, x = observe(cfg, name, out, stages)
+    return sim, run, x, full_field_draws(cfg, sim, x, run)
+
+
+def observe(cfg: MapConfig, name: str, out: Path, stages: tuple[str, ...]):
+    """The simulator, the run in `out`, and a map made at the fiducial."""
     if cfg.observation not in ("simulated", "published"):
         raise ValueError(f"Expected observation 'simulated' or 'published'; got {cfg.observation!r}.")
     published = published_files() if cfg.observation == "published" else None
@@ -69,7 +75,7 @@ def begin(cfg: MapConfig, name: str, out: Path, stages: tuple[str, ...]):
     run = start_run(out, {"name": name} | dataclasses.asdict(cfg), stages, complete=complete)
     if x is None:
         x = sim.draw(run.key("observed"), 1, sim.fiducial, with_score=False).x[0]
-    return sim, run, x, full_field_draws(cfg, sim, x, run)
+    return sim, run, x
 
 
 def published_files(folder: str | None = os.environ.get("DIFFSBI_DATA")) -> tuple[Path, Path]:

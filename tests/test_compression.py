@@ -172,6 +172,44 @@ def test_scores_with_the_prior_left_in_are_noticed(simulations):
         fit_compressor(jax.random.key(0), network(), draws.theta, draws.x, draws.score, **options)
 
 
+def at_one_theta(n, n_average):
+    theta = jnp.tile(jnp.array([0.3, -0.2]), (n, 1))
+    return Scale().draw(jax.random.key(7), n, theta, n_average=n_average)
+
+
+def test_scores_at_one_theta_give_the_marginal_score_there():
+    draws, test = at_one_theta(N, 2), at_one_theta(N + 400, 1)
+    options = dict(prior=Scale(), loss="score", max_epochs=60, batch_size=100, learning_rate=5e-3, weight_decay=0.0)
+    found = fit_compressor(jax.random.key(3), network(), draws.theta, draws.x, draws.score, **options)
+    x = np.asarray(test.x[N:], float)
+    variance = 0.5 * np.exp(-0.4)
+    exact = np.c_[np.sum(x - 0.3, 1) / variance, np.sum((x - 0.3) ** 2, 1) / variance - 12]
+    columns = np.c_[np.ones(len(x)), found.many(x)]
+    left = exact - columns @ np.linalg.lstsq(columns, exact, rcond=None)[0]
+    # The noise of a thousand scores of about a variance of noise each; the linear start leaves .14 of the second.
+    assert np.all(left.var(0) < 0.04 * exact.var(0)), left.var(0) / exact.var(0)
+
+
+def test_mistakes_at_one_theta_are_told():
+    draws = at_one_theta(100, 1)
+
+    def run(theta=draws.theta, score=draws.score, loss="score", **options):
+        options = dict(prior=Scale(), loss=loss, max_epochs=1) | options
+        return fit_compressor(jax.random.key(0), network(), theta, draws.x, score, **options)
+
+    with pytest.raises(ValueError, match="All 100 rows have the same theta.*got VMIM, scores"):
+        run(loss="vmim")
+    with pytest.raises(ValueError, match="got ScoreRegression, no scores"):
+        run(score=None)
+    with pytest.raises(ValueError, match="not training rows; 30 of 30 have the same score"):
+        run(validation=(draws.theta[:30], draws.x[:30], draws.score[:30]))
+    with pytest.warns(UserWarning, match="mean score of mean at the one theta is .* standard errors from 0"):
+        run(score=draws.score + jnp.array([[10.0, 0.0]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
+
+
 def test_mistakes_are_told(simulations):
     sim, draws, _ = simulations
     theta, x = np.asarray(draws.theta), np.asarray(draws.x)

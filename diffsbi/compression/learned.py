@@ -13,9 +13,9 @@ import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.compression.arrays import shared_rows
-from diffsbi.compression.losses import LOSSES, AbstractLoss
+from diffsbi.compression.losses import LOSSES, AbstractLoss, LocalScoreRegression, ScoreRegression
 from diffsbi.compression.saving import check_probe, described, fixed_input, load_module, read_header, save_module
-from diffsbi.inference.checks import score_warnings
+from diffsbi.inference.checks import SIGNIFICANT, score_warnings
 from diffsbi.inference.losses import likelihood_score, prior_score, score_outliers, zero_at_first
 from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.standardise import ridge_regression, whitening
@@ -127,7 +127,8 @@ def fit_compressor(
         key: Split, initial weights of the heads, order of the rows, augmentation.
         network: Any Equinox module, row of x → features `(f,)`. One with `adapted(x)` (`MapNetwork`) is scaled to
             the data first.
-        theta: Parameters.
+        theta: Parameters. Rows that are all the same are allowed with the loss "score": t then estimates the marginal
+            score there, in units of its spread (`LocalScoreRegression`).
         x: Data: an array with a leading n, or any pytree of such.
         score: $\nabla_\theta \log p(x, z | \theta)$ without the prior's; used by "vmim" and "score".
         prior: A `Prior`, or anything with one.
@@ -150,16 +151,22 @@ def fit_compressor(
     if isinstance(loss, str):
         check_names([loss], list(LOSSES), "loss")
         loss = LOSSES[loss]
-    rows = _checked(prior, proposal, theta, x, score)
-    n = len(rows["u"])
+    parts = [_checked(prior, proposal, theta, x, score)]
+    n = len(parts[0]["u"])
     if n < SMALLEST_N:
         raise ValueError(f"Expected at least {SMALLEST_N} simulations to compress from; got {n}.")
+    if validation is not None:
+        parts.append(_checked(prior, proposal, *validation))
+    one_theta = not np.ptp(np.concatenate([part["u"] for part in parts]), axis=0).any()
+    if one_theta:
+        parts = [_at_one_theta(prior.names, loss, part, proposal) for part in parts]
+        loss = LocalScoreRegression()
     key_split, key_head, key_fit = jax.random.split(key, 3)
     if validation is None:
-        train, held_out = (_take(rows, i) for i in split_rows(key_split, n, validation_fraction))
+        train, held_out = (_take(parts[0], i) for i in split_rows(key_split, n, validation_fraction))
     else:
-        train, held_out = rows, _checked(prior, proposal, *validation)
-        _refuse_equal(train["u"], held_out["u"])
+        train, held_out = parts
+        _refuse_equal(train["u"], held_out["u"], "score" if one_theta else "theta")
     if hasattr(network, "adapted"):
         network = network.adapted(jax.tree.map(lambda a: jnp.asarray(a[:128]), train["x"]))
     key_loss, key_correction = jax.random.split(key_head)
@@ -225,12 +232,32 @@ def _take(rows: dict[str, Any], index: np.ndarray) -> dict[str, Any]:
     return jax.tree.map(lambda a: a[index], rows)
 
 
-def _refuse_equal(train: np.ndarray, held_out: np.ndarray) -> None:
+def _refuse_equal(train: np.ndarray, held_out: np.ndarray, what: str) -> None:
     shared = shared_rows([train], [held_out])
     if shared:
         raise ValueError(
-            f"Expected validation rows that are not training rows; {shared} of {len(held_out)} have the same theta."
+            f"Expected validation rows that are not training rows; {shared} of {len(held_out)} have the same {what}."
         )
+
+
+def _at_one_theta(names, loss: AbstractLoss, rows: dict[str, Any], proposal) -> dict[str, Any]:
+    """Rows with their score in the place of the parameters, which are all the same."""
+    if not isinstance(loss, ScoreRegression) or "own" not in rows or proposal is not None:
+        raise ValueError(
+            f"All {len(rows['u'])} rows have the same theta: expected parameters that differ, or loss='score' with "
+            f"scores and no proposal, which regresses the score there; got {type(loss).__name__}, "
+            f"{'scores' if 'own' in rows else 'no scores'} and proposal={proposal}."
+        )
+    score = rows["own"]
+    mean, error = score.mean(0), score.std(0) / np.sqrt(len(score))
+    for name, far in zip(names, np.abs(mean) / error, strict=True):
+        if far > SIGNIFICANT:
+            warnings.warn(
+                f"The mean score of {name} at the one theta is {far:.0f} standard errors from 0, which it must be: "
+                "scores are expected WITHOUT the prior's, and all rows of the simulator.",
+                stacklevel=4,
+            )
+    return {"u": score.astype(rows["u"].dtype), "x": rows["x"], "use": rows["use"]}
 
 
 def _features(network, x) -> np.ndarray:
@@ -257,8 +284,10 @@ def _linear_start(key, network, features, train, held_out, width) -> tuple[Compr
     def moved(rows):
         v = np.linalg.solve(root, (rows["u"] - u_loc).T).T
         moved = {"v": jnp.asarray(v, jnp.result_type(float)), "x": jax.tree.map(jnp.asarray, rows["x"])}
+        if "use" in rows:
+            moved["use"] = rows["use"]
         if "score" in rows:
-            moved |= {"score": jnp.asarray(rows["score"] @ root, jnp.result_type(float)), "use": rows["use"]}
+            moved["score"] = jnp.asarray(rows["score"] @ root, jnp.result_type(float))
         return moved
 
     train, held_out = moved(train), moved(held_out)

@@ -107,6 +107,18 @@ class ScoreRegression(AbstractLoss):
         return jnp.mean(batch["use"] * jax.vmap(one)(batch["x"], batch["v"], batch["score"]))
 
 
+class LocalScoreRegression(AbstractLoss):
+    r"""$\langle |v - t|^2 \rangle$ over simulations at one $\theta_0$, where v is their score, standardised.
+
+    t is the marginal score at $\theta_0$, $E[\nabla_\theta\log p(x, z|\theta_0) | x]$ (SALLY, Brehmer et al. 2020,
+    arXiv:1805.12244): locally sufficient, wherever the simulations all are.
+    """
+
+    def __call__(self, compressor, head, batch):
+        _, t = jax.vmap(compressor.features_and_summary)(batch["x"])
+        return jnp.mean(batch["use"] * jnp.sum((batch["v"] - t) ** 2, -1))
+
+
 class VMIM(AbstractLoss):
     r"""Variational mutual information: $\langle -\log q(v | t(x)) \rangle$, q a flow that is trained with t.
 

@@ -8,7 +8,7 @@ from diffsbi._types import Array, Float
 from diffsbi.inference.standardise import ridge_regression, whitening
 from diffsbi.inference.tails import REACH, robust_moments
 
-_SIGNIFICANT = 5.0  # standard errors
+SIGNIFICANT = 5.0  # standard errors
 _LEAST_ROWS = 50
 _TOO_FAR = 300.0  # robust standard deviations
 
@@ -66,7 +66,7 @@ def _with_prior(names, score, prior_score) -> list[str]:
             continue
         slope = (g @ s) / (g @ g)
         error = np.sqrt(np.mean((s - slope * g) ** 2) / (g @ g))
-        if abs(slope) > _SIGNIFICANT * error and abs(slope - 1) < _SIGNIFICANT * error:
+        if abs(slope) > SIGNIFICANT * error and abs(slope - 1) < SIGNIFICANT * error:
             out.append(
                 f"The score of {name} follows the prior's gradient (slope {slope:.2f} ± {error:.2f}, expected 0): "
                 "scores are expected WITHOUT the prior's."
@@ -96,7 +96,7 @@ def _other_order(names, theta, x, score) -> list[str]:
         orders = [list(order) for order in itertools.permutations(range(p))]
     best = min(orders, key=lambda order: sum(misfit[a, b] for a, b in enumerate(order)))
     total = sum(misfit[a, b] for a, b in enumerate(best))
-    if best == list(range(p)) or total > 0.3 * own or own - total < _SIGNIFICANT**2:
+    if best == list(range(p)) or total > 0.3 * own or own - total < SIGNIFICANT**2:
         return []
     order = [names[b] for b in best]
     return [f"The scores look as if they were in the order {order}, not {list(names)}."]

@@ -1,0 +1,174 @@
+"""How much Fisher information do compressed lensing maps keep, by loss and by how many simulations the loss had?
+
+Small LSST-Y10 maps. Networks are trained as in `experiments.compressors`, on simulations with parameters from the
+power-spectrum posterior of one map; "imnn" and "score_at_centre" (the score regressed where all simulations have the
+same parameters) on as many at its centre. F = dmu^T C^-1 dmu of the compressed numbers is measured at that centre, on
+simulations that no network saw, the derivatives by pairs with the same seeds; with it goes the F of the data
+themselves, from scores (`marginal_information`), which no summary can exceed.
+
+F counts with the prior's: information is ln det(F + P) / 2 - ln det(P) / 2 in nats, P the precision of the prior's
+draws. It is a normal's: numbers whose law is none know more than it says.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.linalg import eigh
+
+from diffsbi._files import load_npz, write_json, write_npz
+from diffsbi.compression import MapNetwork, fit_compressor, marginal_information, torus_symmetry
+from diffsbi.compression.information import information
+from experiments import command_line, compressors
+from experiments.compressors import FREE, LOSSES, compressor, scores_of
+from experiments.curves import print_table
+from experiments.lensing import observe, spectrum_proposal
+
+STAGES = ("observed", "spectrum", "full", "test", "simulations", "scores", "derivatives", "network", "compress", "fits")
+AT_CENTRE = "score_at_centre"
+PAIRS_APART = 0.2  # widths of the proposal, between the two of a pair
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(compressors.Config):
+    """`n_full`: simulations for the data's own F; `n_test`, `n_pairs`: for that of the numbers, and its derivatives.
+
+    `steps`: of training, about, whatever n; `max_epochs` at most.
+    """
+
+    n_pix: int = 32
+    compressors: tuple[str, ...] = (*LOSSES, AT_CENTRE, *FREE)
+    n: tuple[int, ...] = (250, 1000, 4000, 10_000)
+    n_test: int = 2000
+    n_pairs: int = 300
+    n_full: int = 3000
+    steps: int = 2000
+    max_epochs: int = 80
+
+
+PRESETS = {
+    "smoke": Config(
+        n_pix=16, compressors=("mse", AT_CENTRE, "latent_scores"), n=(60, 120), n_test=60, n_pairs=20, n_full=20,
+        seeds=1, channels=(4, 4), n_average=1, steps=4, max_epochs=2, n_warmup=20, n_chains=2, n_spectrum=10,
+    ),
+    "paper": Config(),
+}  # fmt: skip
+
+
+def main(cfg: Config, out: Path) -> None:
+    """Run what is missing, write `information.json`, print the table."""
+    unknown = set(cfg.compressors) - {*LOSSES, AT_CENTRE, *FREE}
+    if unknown:
+        raise ValueError(f"Expected compressors among {(*LOSSES, AT_CENTRE, *FREE)}; got {sorted(unknown)}.")
+    sim, run, x = observe(cfg, "information", out, STAGES)
+    proposal = spectrum_proposal(cfg, sim, x, run)
+    centre = sim.prior.from_unconstrained(proposal.loc)
+    precision = np.linalg.inv(np.cov(np.asarray(sim.prior.sample(run.key("full"), (10_000,)), float).T))
+    run.once("full", lambda folder: _full(cfg, sim, centre, run, folder))
+    found = load_npz(run.path("full", "fisher.npz"))
+    full = dict(nats=_nats(found["fisher"], precision), error=_error(found["fisher"], found["error"], precision))
+    print(f"The data themselves: {full['nats']:.2f} ± {full['error']:.2f} nats")
+    rows, test = [], None
+    for n, seed in itertools.product(cfg.n, range(cfg.seeds)):
+        data = None
+        for name in cfg.compressors:
+            if name in FREE and (n, seed) != (min(cfg.n), 0):
+                continue  # uses no simulation
+            path = out / "fits" / f"{name}_{n}_{seed}.npz"
+            if not path.exists():
+                test = _test(cfg, sim, proposal, run) if test is None else test
+                data = _rows(cfg, sim, proposal, run, seed) if data is None and name not in FREE else data
+                print(path.stem, flush=True)
+                compress = _compress(cfg, sim, proposal, run, data, name, n, seed)
+                write_npz(path, {"fisher": _fisher(compress, *test)})
+            fisher = load_npz(path)["fisher"]
+            rows.append(dict(compressor=name, n=n, seed=seed, nats=_nats(fisher, precision)))
+    for row in rows:
+        row["share"] = row["nats"] / full["nats"]
+    write_json(out / "information.json", dict(rows=rows, full=full, n_pix=cfg.n_pix))
+    for value, title in {"nats": "Information, nats", "share": "Share of the data's own"}.items():
+        print(f"\n{title}: mean and standard error over {cfg.seeds} seeds (numbers without training: once)")
+        print_table(rows, ("compressor",), value)
+
+
+def _full(cfg: Config, sim, centre, run, folder: Path) -> dict:
+    """F of the data at the centre."""
+    found = marginal_information(sim, run.key("full"), centre, n=cfg.n_full, progress=True)
+    write_npz(folder / "fisher.npz", {"fisher": found.fisher, "error": found.error})
+    return {"simulations": cfg.n_full, "gradients": cfg.n_full * found.gradients}
+
+
+def _nats(fisher, precision) -> float:
+    """Directions of which an estimate without bias says less than nothing count as nothing."""
+    return float(np.sum(np.log1p(np.maximum(eigh(fisher, precision, eigvals_only=True), 0)))) / 2
+
+
+def _error(fisher, error, precision, draws: int = 400) -> float:
+    """That of `_nats`, from the errors of the elements of F, taken as independent."""
+    noise = np.random.default_rng(0).normal(size=(draws, *fisher.shape)) * error
+    return float(np.std([_nats(fisher + (e + e.T) / np.sqrt(2), precision) for e in noise]))
+
+
+def _rows(cfg: Config, sim, proposal, run, seed: int) -> dict:
+    """Training rows of one seed: from the proposal, and `AT_CENTRE` at its centre."""
+    key, most = jax.random.fold_in(run.key("simulations"), seed), max(cfg.n)
+    key_theta, key_draw, key_centre = jax.random.split(key, 3)
+    theta = proposal.sample(key_theta, (most,))
+    centres = jnp.tile(sim.prior.from_unconstrained(proposal.loc), (most, 1))
+    data = {}
+    for place, (name, key, at) in enumerate((("near", key_draw, theta), (AT_CENTRE, key_centre, centres))):
+        if {"near": {"vmim", "score"}, AT_CENTRE: {AT_CENTRE}}[name] & set(cfg.compressors):
+            score = scores_of(cfg, sim, run, 2 * seed + place, key, at)
+        else:
+            score = None
+        if name == "near" or score is not None:
+            x = np.asarray(sim.draw(key, most, at, with_score=False).x)
+            data[name] = dict(theta=np.asarray(at), x=(x,), score=score)
+    return data
+
+
+def _compress(cfg: Config, sim, proposal, run, data, name: str, n: int, seed: int) -> Callable:
+    """Maps → numbers, by `name` from n simulations."""
+    epochs = int(np.clip(64 * cfg.steps // n, 1, cfg.max_epochs))
+    cfg = dataclasses.replace(cfg, epochs=epochs)
+    if name != AT_CENTRE:
+        compress, _, _ = compressor(cfg, sim, proposal, run, data and data["near"], name, n, seed)
+        return lambda x: np.asarray(compress((x,)))
+    network = MapNetwork(jax.random.fold_in(run.key("network"), seed), sim.n_bins, cfg.channels, cfg.fold)
+    rows = data[AT_CENTRE]
+    fitted = fit_compressor(
+        jax.random.fold_in(run.key("compress"), 1000 * seed + n), network, rows["theta"][:n], rows["x"][0][:n],
+        rows["score"][:n], prior=sim.prior, loss="score", augment=torus_symmetry,
+        max_epochs=epochs, patience=max(2, epochs // 3), learning_rate=cfg.learning_rate,
+    )  # fmt: skip
+    return fitted.many
+
+
+def _test(cfg: Config, sim, proposal, run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Maps at the centre `(n_test, ...)`, pairs about it `(p, 2, n_pairs, ...)`, and theta's steps `(p,)`."""
+    key, key_pairs = jax.random.split(run.key("test"))
+    centre = sim.prior.from_unconstrained(proposal.loc)
+    widths = np.std(np.asarray(proposal.sample(key_pairs, (1000,))), axis=0)
+
+    def at(theta, key, count: int) -> np.ndarray:
+        return np.asarray(sim.draw(key, count, jnp.tile(theta, (count, 1)), with_score=False).x)
+
+    half = PAIRS_APART / 2 * jnp.diag(jnp.asarray(widths, centre.dtype))
+    pairs = np.stack([[at(centre + sign * step, key_pairs, cfg.n_pairs) for sign in (-1, 1)] for step in half])
+    return at(centre, key, cfg.n_test), pairs, PAIRS_APART * widths
+
+
+def _fisher(compress: Callable, x: np.ndarray, pairs: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """F of the compressed numbers, without its bias."""
+    flat = pairs.reshape(-1, *x.shape[1:])
+    t = np.asarray(compress(x), float)
+    below, above = np.moveaxis(np.asarray(compress(flat), float).reshape(*pairs.shape[:3], -1), 1, 0)
+    return information(t, np.moveaxis((above - below) / steps[:, None, None], 0, -1), np).unbiased
+
+
+if __name__ == "__main__":
+    command_line(main, PRESETS, "information")
