@@ -1,5 +1,6 @@
 """Trained compressions against the exact posterior of data whose summary is known, and their mistakes."""
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -25,7 +26,9 @@ from diffsbi.compression import (
     square_symmetry,
     torus_symmetry,
 )
+from diffsbi.compression.losses import AbstractLoss
 from diffsbi.compression.saving import check_probe, described, fixed_input
+from diffsbi.simulators import fresh_noise
 from diffsbi.simulators.fields import hartley
 
 N = 1000
@@ -177,17 +180,57 @@ def at_one_theta(n, n_average):
     return Scale().draw(jax.random.key(7), n, theta, n_average=n_average)
 
 
-def test_scores_at_one_theta_give_the_marginal_score_there():
-    draws, test = at_one_theta(N, 2), at_one_theta(N + 400, 1)
-    options = dict(prior=Scale(), loss="score", max_epochs=60, batch_size=100, learning_rate=5e-3, weight_decay=0.0)
-    found = fit_compressor(jax.random.key(3), network(), draws.theta, draws.x, draws.score, **options)
-    x = np.asarray(test.x[N:], float)
+def share_left(found, x):
+    """Of the exact marginal score at (.3, -.2), after a regression on the numbers of x."""
     variance = 0.5 * np.exp(-0.4)
     exact = np.c_[np.sum(x - 0.3, 1) / variance, np.sum((x - 0.3) ** 2, 1) / variance - 12]
     columns = np.c_[np.ones(len(x)), found.many(x)]
     left = exact - columns @ np.linalg.lstsq(columns, exact, rcond=None)[0]
+    return left.var(0) / exact.var(0)
+
+
+def test_scores_at_one_theta_give_the_marginal_score_there():
+    draws, test = at_one_theta(N, 2), at_one_theta(N + 400, 1)
+    options = dict(prior=Scale(), loss="score", max_epochs=60, batch_size=100, learning_rate=5e-3, weight_decay=0.0)
+    found = fit_compressor(jax.random.key(3), network(), draws.theta, draws.x, draws.score, **options)
+    left = share_left(found, np.asarray(test.x[N:], float))
     # The noise of a thousand scores of about a variance of noise each; the linear start leaves .14 of the second.
-    assert np.all(left.var(0) < 0.04 * exact.var(0)), left.var(0) / exact.var(0)
+    assert np.all(left < 0.04), left
+
+
+class ScoresOfTheirRows(AbstractLoss):
+    """How far scores are from the linear function of theta and x that they were in the first rows."""
+
+    def head(self, key, n_features, batch):
+        columns = jnp.c_[jnp.ones(len(batch["v"])), batch["v"], batch["x"]]
+        return jnp.linalg.lstsq(columns, batch["score"])[0]
+
+    def __call__(self, compressor, head, batch):
+        columns = jnp.c_[jnp.ones(len(batch["v"])), batch["v"], batch["x"]]
+        return jnp.mean((batch["score"] - columns @ jax.lax.stop_gradient(head)) ** 2)
+
+
+def test_fresh_noise_in_every_epoch_comes_with_its_scores(linear, x64):
+    """The whitened score of a linear Gaussian is a linear function of theta and x: of those of the same row alone."""
+    draws = linear.draw(jax.random.key(0), 60, latents="whitened", keep_latents=True)
+    made = []
+
+    def renew(key):
+        made.append(fresh_noise(linear, key, draws, latents="whitened"))
+        return made[-1]
+
+    def run(renew):
+        options = dict(prior=linear, loss=ScoresOfTheirRows(), max_epochs=4, weight_decay=0.0, renew=renew)
+        return fit_compressor(jax.random.key(1), eqx.nn.Identity(), draws.theta, draws.x, draws.score, **options)
+
+    right = run(renew).history
+    assert len({float(rows.x[0, 0]) for rows in made}) == len(made) == 4
+    assert np.max(right.train) < 1e-12
+    wrong = run(lambda key: dataclasses.replace(renew(key), score=draws.score)).history
+    assert wrong.train[0] < 1e-12, "the first epoch is of the rows themselves"
+    assert np.min(wrong.train[1:]) > 0.01
+    with pytest.raises(ValueError, match="Expected x with 60 rows, as theta"):
+        run(lambda key: dataclasses.replace(draws, x=draws.x[:-1]))
 
 
 def test_mistakes_at_one_theta_are_told():

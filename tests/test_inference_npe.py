@@ -8,10 +8,10 @@ import pytest
 from targets import gaussian
 
 from diffsbi.inference import NPE, posterior_score
-from diffsbi.inference.checks import score_warnings
+from diffsbi.inference.checks import score_warnings, warnings_of_scores
 from diffsbi.inference.losses import MeasuredScore, ScoredDensity, first_noise, noise_share
 from diffsbi.inference.standardise import fit_standardiser
-from diffsbi.prior import Prior
+from diffsbi.prior import Prior, Within
 from diffsbi.simulators.linear_gaussian import linear_gaussian
 
 SMALL = {"layers": 1, "width": 16, "depth": 1, "ramps": 4}
@@ -282,6 +282,31 @@ def test_a_suspicious_score_is_told_when_fitting():
     swapped = draws.score[:, np.array([1, 0, 2])]
     with pytest.warns(UserWarning, match="look as if they were in the order"):
         NPE(sim, gaussian).append(draws.theta, draws.x, swapped).fit(jax.random.key(1), members=1, max_epochs=1)
+
+
+@pytest.mark.parametrize("n", [20, 400])
+def test_a_prior_left_in_is_seen_between_bounds_too(n):
+    """There the change of variables has a gradient of its own, which is in no score."""
+    prior = Prior({"a": Within(dist.Normal(0.0, 0.5), -1.0, 1.0), "b": dist.Normal(0.0, 1.0)})
+    theta = prior.sample(jax.random.key(0), (n,))
+    x = theta + 3.0 * jax.random.normal(jax.random.key(1), (n, 2))
+    score = (x - theta) / 9.0
+    assert warnings_of_scores(prior, theta, x, score) == []
+    found = warnings_of_scores(prior, theta, x, score + jax.vmap(jax.grad(prior.log_prob))(theta))
+    assert len([message for message in found if "WITHOUT" in message]) == 2
+
+
+def test_rows_left_out_are_told_where_they_are():
+    theta, x, _ = simulate(jax.random.key(0), 300)
+    theta, x = np.asarray(theta), np.asarray(x)
+    bad = {"corner": theta[:, 0] > 1, "anywhere": np.random.default_rng(0).random(300) < 0.15}
+    said = {}
+    for name, rows in bad.items():
+        with pytest.warns(UserWarning, match=rf"Left out {rows.sum()} of 300") as caught:
+            npe().append(theta, np.where(rows[:, None], np.nan, x), on_invalid="drop")
+        said[name] = str(caught[0].message)
+    assert "biased towards the others: most have a between 1.0" in said["corner"] and " b " not in said["corner"]
+    assert "biased wherever such rows are likelier than elsewhere" in said["anywhere"]
 
 
 def test_appended_rows_must_agree():

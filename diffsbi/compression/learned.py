@@ -1,6 +1,7 @@
 r"""Compression by a network that is trained on simulations: $x \to t(x)$, one number for each parameter."""
 
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.losses import LOSSES, AbstractLoss, LocalScoreRegression, ScoreRegression
 from diffsbi.compression.saving import check_probe, described, fixed_input, load_module, read_header, save_module
 from diffsbi.inference.checks import SIGNIFICANT, score_warnings
-from diffsbi.inference.losses import likelihood_score, prior_score, score_outliers, zero_at_first
+from diffsbi.inference.losses import left_in, likelihood_score, score_outliers, zero_at_first
 from diffsbi.inference.proposals import Proposals
 from diffsbi.inference.standardise import ridge_regression, whitening
 from diffsbi.inference.training import History, fit, split_rows
@@ -111,6 +112,7 @@ def fit_compressor(
     proposal=None,
     loss: str | AbstractLoss = "vmim",
     augment: Augment | None = None,
+    renew: Callable[[Key], Any] | None = None,
     validation: tuple | None = None,
     validation_fraction: float = 0.1,
     width: int = _WIDTH,
@@ -134,7 +136,11 @@ def fit_compressor(
         prior: A `Prior`, or anything with one.
         proposal: What theta was drawn from, None for the prior: the summary is then best for posteriors under it.
         loss: A name in `LOSSES`, or an `AbstractLoss`.
-        augment: (key, row of x) → a row as likely at every theta (`torus_symmetry`); drawn anew at every step.
+        augment: (key, row of x) → a row as likely at every theta (`torus_symmetry`); drawn anew at every step. The row
+            keeps its score.
+        renew: key → the same simulations with other x and the scores that go with it, as
+            `lambda key: fresh_noise(sim, key, draws)`; called after every epoch, for the rows of the
+            next one. Rows to stop by stay as they are.
         validation: (theta, x) or (theta, x, score) of rows to stop by; by default a part of the training rows.
         validation_fraction: That part.
         width: Hidden units of the head g.
@@ -158,32 +164,47 @@ def fit_compressor(
     if validation is not None:
         parts.append(_checked(prior, proposal, *validation))
     one_theta = not np.ptp(np.concatenate([part["u"] for part in parts]), axis=0).any()
+    ready: Callable[[dict[str, Any]], dict[str, Any]] = lambda rows: rows  # noqa: E731
     if one_theta:
-        parts = [_at_one_theta(prior.names, loss, part, proposal) for part in parts]
-        loss = LocalScoreRegression()
+        ready = functools.partial(_at_one_theta, prior.names, loss, proposal)
+        parts, loss = [ready(part) for part in parts], LocalScoreRegression()
     key_split, key_head, key_fit = jax.random.split(key, 3)
+    key_renew = jax.random.fold_in(key_split, 0)
     if validation is None:
-        train, held_out = (_take(parts[0], i) for i in split_rows(key_split, n, validation_fraction))
+        index, others = split_rows(key_split, n, validation_fraction)
+        train, held_out = _take(parts[0], index), _take(parts[0], others)
     else:
-        train, held_out = parts
+        index, (train, held_out) = np.arange(n), parts
         _refuse_equal(train["u"], held_out["u"], "score" if one_theta else "theta")
     if hasattr(network, "adapted"):
         network = network.adapted(jax.tree.map(lambda a: jnp.asarray(a[:128]), train["x"]))
     key_loss, key_correction = jax.random.split(key_head)
     features = _features(network, train["x"])
     if "own" in train:
-        of_prior = prior_score(prior, prior.from_unconstrained(jnp.asarray(train["u"])))
+        of_prior = left_in(prior, prior.from_unconstrained(jnp.asarray(train["u"])))
         for message in score_warnings(prior.names, train["u"], _without_tails(features), train["own"], of_prior):
             warnings.warn(message, stacklevel=2)
-    compressor, train, held_out = _linear_start(key_correction, network, features, train, held_out, width)
-    extra = loss.head(key_loss, len(compressor.loc), train)
+    units = train["u"].mean(0), np.linalg.cholesky(np.cov(train["u"].T).reshape((train["u"].shape[1],) * 2))
+    train, held_out = _in_units(units, train), _in_units(units, held_out)
+    compressor, residuals = _linear_start(key_correction, network, features, train["v"], width)
+    if "score" in train:
+        residuals["score_of_e"] = train["score"] @ compressor.lower
+    extra = loss.head(key_loss, len(compressor.loc), train | residuals)
     train = {name: value for name, value in train.items() if name in held_out}
+
+    def rows_of(done: int) -> dict[str, Any]:
+        if not done or renew is None:
+            return train
+        new = renew(jax.random.fold_in(key_renew, done))
+        rows = ready(_checked(prior, proposal, theta, new.x, new.score if "use" in train else None))
+        return _in_units(units, _take(rows, index))
+
     objective = _Objective(loss, augment)
     options: dict[str, Any] = dict(
         max_epochs=max_epochs, batch_size=batch_size, patience=patience, learning_rate=learning_rate,
         weight_decay=weight_decay, progress=progress,
     )  # fmt: skip
-    (compressor, _), history = fit(key_fit, (compressor, extra), train, held_out, objective, **options)
+    (compressor, _), history = fit(key_fit, (compressor, extra), rows_of, held_out, objective, **options)
     count = n + (0 if validation is None else len(held_out["v"]))
     x_like = json.dumps(described(train["x"]))
     return dataclasses.replace(compressor, history=history, n_simulations=count, x_like=x_like)
@@ -240,7 +261,7 @@ def _refuse_equal(train: np.ndarray, held_out: np.ndarray, what: str) -> None:
         )
 
 
-def _at_one_theta(names, loss: AbstractLoss, rows: dict[str, Any], proposal) -> dict[str, Any]:
+def _at_one_theta(names, loss: AbstractLoss, proposal, rows: dict[str, Any]) -> dict[str, Any]:
     """Rows with their score in the place of the parameters, which are all the same."""
     if not isinstance(loss, ScoreRegression) or "own" not in rows or proposal is not None:
         raise ValueError(
@@ -269,32 +290,28 @@ def _features(network, x) -> np.ndarray:
     return features
 
 
-def _linear_start(key, network, features, train, held_out, width) -> tuple[Compressor, dict, dict]:
-    """The compressor before training, and the rows in its units, with what it leaves of them."""
-    u_loc, root = train["u"].mean(0), np.linalg.cholesky(np.cov(train["u"].T).reshape((train["u"].shape[1],) * 2))
+def _in_units(units: tuple[np.ndarray, np.ndarray], rows: dict[str, Any]) -> dict[str, Any]:
+    """Rows with v, the standardised u, and scores with respect to it."""
+    loc, root = units
+    v = np.linalg.solve(root, (rows["u"] - loc).T).T
+    found = {"v": jnp.asarray(v, jnp.result_type(float)), "x": jax.tree.map(jnp.asarray, rows["x"])}
+    if "use" in rows:
+        found["use"] = rows["use"]
+    if "score" in rows:
+        found["score"] = jnp.asarray(rows["score"] @ root, jnp.result_type(float))
+    return found
+
+
+def _linear_start(key, network, features, v, width) -> tuple[Compressor, dict[str, Array]]:
+    """The compressor before training, and what it leaves of v."""
     loc, whiten = whitening(_without_tails(features))
-    v = np.linalg.solve(root, (train["u"] - u_loc).T).T
-    c = np.asarray(_bounded((features - loc) @ whiten.T))
+    c, v = np.asarray(_bounded((features - loc) @ whiten.T)), np.asarray(v, float)
     linear, left = ridge_regression(c, v)
     lower = np.linalg.cholesky(left.T @ left / len(v) + 1e-9 * np.eye(v.shape[1]))
     made = _empty(key, network, len(loc), v.shape[1], width)
     arrays = (jnp.asarray(a, jnp.result_type(float)) for a in (loc, whiten, linear, lower))
     compressor = eqx.tree_at(lambda c: (c.loc, c.whiten, c.linear, c.lower), made, tuple(arrays))
-
-    def moved(rows):
-        v = np.linalg.solve(root, (rows["u"] - u_loc).T).T
-        moved = {"v": jnp.asarray(v, jnp.result_type(float)), "x": jax.tree.map(jnp.asarray, rows["x"])}
-        if "use" in rows:
-            moved["use"] = rows["use"]
-        if "score" in rows:
-            moved["score"] = jnp.asarray(rows["score"] @ root, jnp.result_type(float))
-        return moved
-
-    train, held_out = moved(train), moved(held_out)
-    train["e"] = jnp.asarray(np.linalg.solve(lower, left.T).T, jnp.result_type(float))
-    if "score" in train:
-        train["score_of_e"] = train["score"] @ compressor.lower
-    return compressor, train, held_out
+    return compressor, {"e": jnp.asarray(np.linalg.solve(lower, left.T).T, jnp.result_type(float))}
 
 
 def _without_tails(features: np.ndarray) -> np.ndarray:

@@ -2,14 +2,17 @@ r"""Are these scores what they are said to be? Identities that the scores of any
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 
-from diffsbi._types import Array, Float
+from diffsbi._types import Array, Float, check_finite
+from diffsbi.inference.losses import left_in, likelihood_score, unconstrained
 from diffsbi.inference.standardise import ridge_regression, whitening
 from diffsbi.inference.tails import REACH, robust_moments
+from diffsbi.prior import Prior
 
 SIGNIFICANT = 5.0  # standard errors
-_LEAST_ROWS = 50
+_LEAST_ROWS = 20
 _TOO_FAR = 300.0  # robust standard deviations
 
 
@@ -47,7 +50,7 @@ def score_warnings(
         theta: Parameters, in a space without bounds.
         x: Data.
         score: Scores without the prior's, in that space.
-        prior_score: Gradient of the log-prior there.
+        prior_score: Gradient of the log-prior in theta, brought to that space as the scores are.
     """
     parameters, data, scores, gradients = (np.asarray(a, float) for a in (theta, x, score, prior_score))
     if len(parameters) < _LEAST_ROWS:
@@ -55,6 +58,15 @@ def score_warnings(
     far = 10 * 1.4826 * np.median(np.abs(scores - np.median(scores, 0)), 0) + 1e-300
     scores = np.clip(scores, -far, far)
     return [*_with_prior(names, scores, gradients), *_other_order(names, parameters, data, scores)]
+
+
+def warnings_of_scores(prior: Prior, theta, x, score) -> list[str]:
+    """`score_warnings` of rows with theta and scores as an estimator is given them."""
+    theta, score = (jnp.asarray(a, jnp.result_type(float)) for a in (theta, score))
+    u, own = unconstrained(prior, theta), likelihood_score(prior, theta, score)
+    check_finite("u in unconstrained space", u)
+    check_finite("score in unconstrained space", own)
+    return score_warnings(prior.names, u, x, own, left_in(prior, theta))
 
 
 def _with_prior(names, score, prior_score) -> list[str]:

@@ -16,7 +16,7 @@ from flowjax.distributions import AbstractDistribution, StandardNormal, Transfor
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.flows import FLOWS, is_smooth
 from diffsbi.flows.affine import ConditionalAffine, with_linear_part
-from diffsbi.inference.checks import outlier_warnings, score_warnings
+from diffsbi.inference.checks import outlier_warnings, warnings_of_scores
 from diffsbi.inference.losses import (
     AbstractScoreLoss,
     FirstTerm,
@@ -225,7 +225,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
             tails = self._tails(x, is_many(*arrays))
             messages.extend(outlier_warnings(x, tails is not None))
             if score is not None:
-                messages.extend(self._score_warnings(theta, drawn_in(tails, x), score))
+                messages.extend(warnings_of_scores(self.prior, theta, drawn_in(tails, x), score))
             correct = self._correction(jnp.asarray(theta, jnp.result_type(float)))
             return tails, lambda *rows: self._columns(correct, tails, *rows)
 
@@ -255,13 +255,6 @@ class Estimator(abc.ABC, Generic[Fitted]):
         for name, value in rows.items():
             check_finite(f"{name} in unconstrained space", value)
         return {name: np.asarray(value) for name, value in rows.items()}
-
-    def _score_warnings(self, theta, x, score) -> list[str]:
-        theta, score = (jnp.asarray(a, jnp.result_type(float)) for a in (theta, score))
-        u, own = unconstrained(self.prior, theta), likelihood_score(self.prior, theta, score)
-        check_finite("u in unconstrained space", u)
-        check_finite("score in unconstrained space", own)
-        return score_warnings(self.prior.names, u, x, own, prior_score(self.prior, theta))
 
     def _smooth(self) -> bool:
         return not isinstance(self.density, str) or is_smooth(self.density)

@@ -48,6 +48,16 @@ def prior_score(prior: Prior, theta: Float[Array, "n p"]) -> Float[Array, "n p"]
     return jax.vmap(jax.grad(prior.log_prob_unconstrained))(prior.to_unconstrained(jnp.asarray(theta)))
 
 
+@eqx.filter_jit
+def left_in(prior: Prior, theta: Float[Array, "n p"]) -> Float[Array, "n p"]:
+    r"""$J^T \nabla_\theta \log p(\theta)$: what `likelihood_score` has too much where scores hold the prior's gradient.
+
+    It is not `prior_score`, which has that of the change of variables as well.
+    """
+    theta = jnp.asarray(theta)
+    return likelihood_score(prior, theta, jax.vmap(jax.grad(prior.log_prob))(theta))
+
+
 def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array, "n p"]) -> Float[Array, "n p"]:
     r"""$\nabla_u [\log p(x, z | \theta(u)) + \log p(u)]$; arguments as `likelihood_score`."""
     return likelihood_score(prior, theta, score) + prior_score(prior, theta)

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy.stats import rankdata
 
 from diffsbi._types import check_names
 from diffsbi.prior import Prior
 
 _BLOCK_ROWS = 2**16
 _BLOCK_BYTES = 2**25
+ELSEWHERE = 4.0  # standard errors
 
 Columns = dict[str, np.ndarray]
 
@@ -31,7 +33,7 @@ def checked_part(prior: Prior, before: Sequence[Part], theta, x, score, proposal
     _check_shapes(prior, before, theta, x, score)
     check_names([on_invalid], ["raise", "drop"], "on_invalid")
     if on_invalid == "drop":
-        theta, x, score = _finite_rows(theta, x, score)
+        theta, x, score = _finite_rows(prior, theta, x, score)
     for name, array in {"theta": theta, "x": x, "score": score}.items():
         if array is not None:
             _check_finite(name, array)
@@ -132,7 +134,7 @@ def _check_finite(name: str, array) -> None:
         raise ValueError(f"Expected finite {name}; got {bad} non-finite of {size} values, first at {first}.")
 
 
-def _finite_rows(theta, x, score):
+def _finite_rows(prior: Prior, theta, x, score):
     """The rows in which every number is finite."""
     named = {"theta": theta, "x": x} | ({} if score is None else {"score": score})
     blocks = [[~np.isfinite(a).all(1) for a in block] for block in blocks_of(*named.values())]
@@ -141,12 +143,28 @@ def _finite_rows(theta, x, score):
     if keep.all():
         return theta, x, score
     where = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
+    places = _places(prior, theta, keep, bad["theta"])
+    biased = (
+        f"biased towards the others: {places}" if places else "biased wherever such rows are likelier than elsewhere"
+    )
     warnings.warn(
-        f"Left out {int((~keep).sum())} of {len(keep)} rows that are not finite ({where}): the fit is biased "
-        "wherever such rows are likelier than elsewhere.",
+        f"Left out {int((~keep).sum())} of {len(keep)} rows that are not finite ({where}): the fit is {biased}.",
         stacklevel=4,
     )
     return select(keep, theta, x, score)
+
+
+def _places(prior: Prior, theta, keep: np.ndarray, unknown: np.ndarray) -> str:
+    """In which parameters rows that are left out are elsewhere than all rows are, with the bounds of their middle."""
+    theta = np.concatenate([block for (block,) in blocks_of(theta)])[~unknown].astype(float)
+    out = ~keep[~unknown]
+    if not 1 < out.sum() < len(out):
+        return ""
+    # Ranks: a few values may be anything.
+    shift = (rankdata(theta, axis=0) / (len(theta) + 1))[out].mean(0) - 0.5
+    far = np.abs(shift) > ELSEWHERE * np.sqrt((1 - out.mean()) / (12 * out.sum()))
+    low, high = np.quantile(theta[out], [0.1, 0.9], axis=0)
+    return "; ".join(f"most have {prior.names[a]} between {low[a]:.3g} and {high[a]:.3g}" for a in np.flatnonzero(far))
 
 
 def where(inside: Callable[[np.ndarray], np.ndarray], part: Part) -> Part:
