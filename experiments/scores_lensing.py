@@ -142,8 +142,8 @@ PRESETS = {
         estimators=("NPE",), n_reference=1500, coverage_n=(100,), members=2,
     ),
     "large_path_frames": Config(
-        n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100, 200),
-        n_scored=100, seeds=3, estimators=("NPE",), n_reference=300, coverage_n=(100,), n_coverage=300, ess=1000.0,
+        n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100),
+        n_scored=100, seeds=2, estimators=("NPE",), n_reference=80, coverage_n=(100,), n_coverage=80, ess=1000.0,
         members=2,
     ),
 }  # fmt: skip
