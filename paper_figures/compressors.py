@@ -20,6 +20,7 @@ TITLES = {
     "score_change": "latent scores\nand change",
     "marginal_score": "marginal\nscore",
 }
+LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
 FREE = ("latent_scores", "score_change", "marginal_score")
 
 DRAWN = {
@@ -38,11 +39,15 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         ticks = [TITLES[name] for name in names]
         figures[f"compressors_{value}"] = plotting.curves(points, "", label, {}, False, False, ticks, width=6.2)
     most = {row["compressor"]: row["n"] for row in reversed(found["rows"]) if row["seed"] == 0}
-    samples = {"full_field": load_npz(folder / "full_field.npz")["theta"]}
-    for name in DRAWN:
-        if name in most:
-            samples[name] = load_npz(folder / "fits" / f"{name}_{most[name]}_0.npz")["theta"]
-    return figures | {"compressors_contours": compared(found, samples, {"full_field": "full field"} | DRAWN)}
+    drawn = {"contours": DRAWN, "losses": {name: TITLES[name].replace("\n", " ") for name in LOSSES}}
+    for figure, titles in drawn.items():
+        present = {name: folder / "fits" / f"{name}_{most[name]}_0.npz" for name in titles if name in most}
+        samples = {
+            name: load_npz(path)["theta"]
+            for name, path in ({"full_field": folder / "full_field.npz"} | present).items()
+        }
+        figures[f"compressors_{figure}"] = compared(found, samples, {"full_field": "full field"} | titles)
+    return figures
 
 
 def _points(rows: list[dict], name: str, place: int, value: str) -> list[tuple[str, float, float, float]]:

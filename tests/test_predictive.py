@@ -66,6 +66,14 @@ def test_wrong_models_are_found_and_named(wrong):
         assert check.tail_probability.min() > 0.1
 
 
+def test_predictions_that_are_too_wide_have_p_values_near_one():
+    """A check of this kind can only refuse what is far: too wide a model shows as observations that are too central."""
+    rng = np.random.default_rng(4)
+    p_values = [predictive_check(5 * rng.normal(size=(100, 6)), rng.normal(size=6)).p_value for _ in range(40)]
+    right = [predictive_check(rng.normal(size=(100, 6)), rng.normal(size=6)).p_value for _ in range(40)]
+    assert np.mean(p_values) > 0.95 > 0.7 > np.mean(right)
+
+
 def test_distances_are_those_of_rows_left_out():
     rows = np.random.default_rng(3).normal(size=(40, 3)) @ ROOT[:3, :3]
     unit = standardised(rows)
