@@ -231,6 +231,8 @@ def test_fresh_noise_in_every_epoch_comes_with_its_scores(linear, x64):
     assert np.min(wrong.train[1:]) > 0.01
     with pytest.raises(ValueError, match="Expected x with 60 rows, as theta"):
         run(lambda key: dataclasses.replace(draws, x=draws.x[:-1]))
+    with pytest.raises(ValueError, match="renew.* with scores, as the rows it renews have"):
+        run(lambda key: dataclasses.replace(draws, score=None))
 
 
 def test_mistakes_at_one_theta_are_told():

@@ -139,8 +139,8 @@ def fit_compressor(
         augment: (key, row of x) → a row as likely at every theta (`torus_symmetry`); drawn anew at every step. The row
             keeps its score.
         renew: key → the same simulations with other x and the scores that go with it, as
-            `lambda key: fresh_noise(sim, key, draws)`; called after every epoch, for the rows of the
-            next one. Rows to stop by stay as they are.
+            `lambda key: fresh_noise(sim, key, draws)`; called after every epoch, for the rows of the next one. Rows to
+            stop by stay as they are.
         validation: (theta, x) or (theta, x, score) of rows to stop by; by default a part of the training rows.
         validation_fraction: That part.
         width: Hidden units of the head g.
@@ -196,6 +196,8 @@ def fit_compressor(
         if not done or renew is None:
             return train
         new = renew(jax.random.fold_in(key_renew, done))
+        if "use" in train and new.score is None:
+            raise ValueError("Expected renew(key) with scores, as the rows it renews have; got none.")
         rows = ready(_checked(prior, proposal, theta, new.x, new.score if "use" in train else None))
         return _in_units(units, _take(rows, index))
 
