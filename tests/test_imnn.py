@@ -356,6 +356,10 @@ def test_bad_input_is_named_before_work():
         IMNN.from_derivatives(Small(), THETA, (x, dx), (x, dx))
     with pytest.raises(ValueError, match="validation simulations of other seeds"):
         IMNN.from_derivatives(Small(), THETA, (x, dx), (Slices(x), Slices(dx)))
+    many = np.random.default_rng(0).normal(size=(600, *x.shape[1:]))  # the shared row is beyond the first that are read
+    disk = Slices(np.concatenate([many, x[:1]])), Slices(dx)
+    with pytest.raises(ValueError, match="other seeds than the training ones; 1 are the same"):
+        IMNN.from_derivatives(Small(), THETA, disk, (x, dx))
     other, d_other, *_ = simulations(4)
     mixed = np.concatenate([other[:-3], x[:3]]), np.concatenate([d_other[:-3], dx[:3]])
     with pytest.raises(ValueError, match="other seeds than the training ones; 3 are the same"):

@@ -139,7 +139,7 @@ def check_derivatives(simulate, key: Key, theta0, x, dx, *, step=None, what=("dx
 
 
 def check_different(train: AbstractSimulations, validation: AbstractSimulations) -> None:
-    """Raise `ValueError` where validation rows are training rows (of sets on disk, the first ones are looked at)."""
+    """Raise `ValueError` where validation rows are training rows; sets on disk are read for it once."""
     if isinstance(train, Simulated) != isinstance(validation, Simulated):
         return
     if isinstance(train, Simulated) and isinstance(validation, Simulated):
@@ -197,8 +197,11 @@ def _streamed_or_not(kind, fields, x, with_derivatives):
 
 def _own_digests(simulations) -> list[bytes]:
     if isinstance(simulations, Streamed):
-        n = min(_BLOCK, simulations.n_s)
-        return _digests(simulations.read(np.arange(n), 1)[0].astype(simulations.theta0.dtype))
+        n, digests = simulations.n_s, []
+        for i in range(0, n, _BLOCK):
+            x = simulations.read(np.arange(i, min(i + _BLOCK, n)), 1)[0]
+            digests += _digests(x.astype(simulations.theta0.dtype))
+        return digests
     (x, *_), rest = simulations.data
     return _digests(x) + _digests(rest)
 
