@@ -51,8 +51,8 @@ PUBLISHED = {
 """C2ST (of standardised draws, 10 000 of them) at observations 1 to 10, of the benchmark's repository.
 
 sbi-benchmark/results: `gaussian_mixture_rerun` (the task as corrected in sbibm 1.1), and the runs of the paper
-(Lueckmann et al. 2021, arXiv:2101.04653), NPE with a spline flow and NLE with a MAF, as `benchmarking_sbi/results` keeps
-them in `supplement_hyperparameters_snpe.csv` and `supplement_hyperparameters_snle.csv`.
+(Lueckmann et al. 2021, arXiv:2101.04653), NPE with a spline flow and NLE with a MAF, from its files
+`supplement_hyperparameters_snpe.csv` and `supplement_hyperparameters_snle.csv`.
 """
 
 
