@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffsbi.inference.training import fit, split_rows
+from diffsbi.inference.training import fit, schedule, split_rows
 
 
 class Line(eqx.Module):
@@ -122,3 +122,12 @@ def test_last_epoch_averaged_weights_and_measures():
         fit(jax.random.key(0), line(), *rows, squared, keep="first")
     with pytest.raises(ValueError, match="0 <= average < 1; got 1"):
         fit(jax.random.key(0), line(), *rows, squared, average=1)
+
+
+@pytest.mark.parametrize(
+    ("n", "steps"), [(50, 5000), (1000, 5000), (5000, 10_000), (10_000, 20_000), (100_000, 20_000)]
+)
+def test_more_rows_have_more_steps_up_to_a_limit(n, steps):
+    found = schedule(n, None, None, None)
+    assert found["max_epochs"] * n / found["batch_size"] == pytest.approx(steps, rel=0.03)
+    assert schedule(n, 7, 10, 3) == {"max_epochs": 7, "batch_size": 10, "patience": 3}

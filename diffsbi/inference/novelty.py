@@ -71,7 +71,7 @@ def fit_novelty(
         density: As `Estimator`.
         density_options: As `Estimator`.
         members: Flows to fit.
-        max_epochs: As `fit`; by default those of about 5 000 steps, at least 50.
+        max_epochs: As `fit`; by default those of about 5 000 steps, 20 000 from 10 000 rows on.
         batch_size: As `fit`; by default 32 to 256, growing with the number of rows.
         patience: As `fit`.
         learning_rate: As `fit`.
