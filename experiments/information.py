@@ -22,7 +22,8 @@ from scipy.linalg import eigh
 
 from diffsbi._files import load_npz, write_json, write_npz
 from diffsbi.compression import MapNetwork, fit_compressor, marginal_information, torus_symmetry
-from diffsbi.compression.information import information
+from diffsbi.compression.information import information, jackknife_error
+from diffsbi.compression.marginal_information import JACKKNIFE
 from experiments import command_line, compressors
 from experiments.compressors import FREE, LOSSES, compressor, scores_of
 from experiments.curves import print_table
@@ -37,7 +38,7 @@ PAIRS_APART = 0.2  # widths of the proposal, between the two of a pair
 class Config(compressors.Config):
     """`n_full`: simulations for the data's own F; `n_test`, `n_pairs`: for that of the numbers, and its derivatives.
 
-    `steps`: of training, about, whatever n; `max_epochs` at most.
+    `steps`: of training, about, where n is large enough for them within `max_epochs`; the IMNN has its own.
     """
 
     n_pix: int = 32
@@ -70,7 +71,7 @@ def main(cfg: Config, out: Path) -> None:
     precision = np.linalg.inv(np.cov(np.asarray(sim.prior.sample(run.key("full"), (10_000,)), float).T))
     run.once("full", lambda folder: _full(cfg, sim, centre, run, folder))
     found = load_npz(run.path("full", "fisher.npz"))
-    full = dict(nats=_nats(found["fisher"], precision), error=_error(found["fisher"], found["error"], precision))
+    full = _measured(found, precision)
     print(f"The data themselves: {full['nats']:.2f} ± {full['error']:.2f} nats")
     rows, test = [], None
     for n, seed in itertools.product(cfg.n, range(cfg.seeds)):
@@ -84,21 +85,21 @@ def main(cfg: Config, out: Path) -> None:
                 data = _rows(cfg, sim, proposal, run, seed) if data is None and name not in FREE else data
                 print(path.stem, flush=True)
                 compress = _compress(cfg, sim, proposal, run, data, name, n, seed)
-                write_npz(path, {"fisher": _fisher(compress, *test)})
-            fisher = load_npz(path)["fisher"]
-            rows.append(dict(compressor=name, n=n, seed=seed, nats=_nats(fisher, precision)))
-    for row in rows:
-        row["share"] = row["nats"] / full["nats"]
+                write_npz(path, _fisher(compress, *test))
+            row = dict(compressor=name, n=n, seed=seed) | _measured(load_npz(path), precision)
+            rows.append(row | {"share": row["nats"] / full["nats"]})
     write_json(out / "information.json", dict(rows=rows, full=full, n_pix=cfg.n_pix))
     for value, title in {"nats": "Information, nats", "share": "Share of the data's own"}.items():
         print(f"\n{title}: mean and standard error over {cfg.seeds} seeds (numbers without training: once)")
         print_table(rows, ("compressor",), value)
+    errors = sorted(row["error"] for row in rows)
+    print(f"Of the measurement, mostly common to all of them: ± {errors[0]:.2f} to {errors[-1]:.2f} nats")
 
 
 def _full(cfg: Config, sim, centre, run, folder: Path) -> dict:
     """F of the data at the centre."""
     found = marginal_information(sim, run.key("full"), centre, n=cfg.n_full, progress=True)
-    write_npz(folder / "fisher.npz", {"fisher": found.fisher, "error": found.error})
+    write_npz(folder / "fisher.npz", {"fisher": found.fisher, "without": found.without})
     return {"simulations": cfg.n_full, "gradients": cfg.n_full * found.gradients}
 
 
@@ -107,10 +108,10 @@ def _nats(fisher, precision) -> float:
     return float(np.sum(np.log1p(np.maximum(eigh(fisher, precision, eigvals_only=True), 0)))) / 2
 
 
-def _error(fisher, error, precision, draws: int = 400) -> float:
-    """That of `_nats`, from the errors of the elements of F, taken as independent."""
-    noise = np.random.default_rng(0).normal(size=(draws, *fisher.shape)) * error
-    return float(np.std([_nats(fisher + (e + e.T) / np.sqrt(2), precision) for e in noise]))
+def _measured(found: dict, precision) -> dict[str, float]:
+    """Nats, and their standard error by a jackknife."""
+    error = jackknife_error(np.array([_nats(fisher, precision) for fisher in found["without"]]))
+    return dict(nats=_nats(found["fisher"], precision), error=float(error))
 
 
 def _rows(cfg: Config, sim, proposal, run, seed: int) -> dict:
@@ -162,12 +163,15 @@ def _test(cfg: Config, sim, proposal, run) -> tuple[np.ndarray, np.ndarray, np.n
     return at(centre, key, cfg.n_test), pairs, PAIRS_APART * widths
 
 
-def _fisher(compress: Callable, x: np.ndarray, pairs: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """F of the compressed numbers, without its bias."""
+def _fisher(compress: Callable, x: np.ndarray, pairs: np.ndarray, steps: np.ndarray) -> dict[str, np.ndarray]:
+    """F of the compressed numbers without its bias, of all rows and without each block of them."""
     flat = pairs.reshape(-1, *x.shape[1:])
     t = np.asarray(compress(x), float)
     below, above = np.moveaxis(np.asarray(compress(flat), float).reshape(*pairs.shape[:3], -1), 1, 0)
-    return information(t, np.moveaxis((above - below) / steps[:, None, None], 0, -1), np).unbiased
+    dt = np.moveaxis((above - below) / steps[:, None, None], 0, -1)
+    blocks = np.arange(len(t)) % JACKKNIFE, np.arange(len(dt)) % JACKKNIFE
+    without = [information(t[blocks[0] != k], dt[blocks[1] != k], np).unbiased for k in range(JACKKNIFE)]
+    return dict(fisher=information(t, dt, np).unbiased, without=np.stack(without))
 
 
 if __name__ == "__main__":

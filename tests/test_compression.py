@@ -224,13 +224,15 @@ def test_fresh_noise_in_every_epoch_comes_with_its_scores(linear, x64):
         return fit_compressor(jax.random.key(1), eqx.nn.Identity(), draws.theta, draws.x, draws.score, **options)
 
     right = run(renew).history
-    assert len({float(rows.x[0, 0]) for rows in made}) == len(made) == 4
+    assert len({float(rows.x[0, 0]) for rows in made}) == len(made) == 3, "once before each epoch but the first"
     assert np.max(right.train) < 1e-12
     wrong = run(lambda key: dataclasses.replace(renew(key), score=draws.score)).history
     assert wrong.train[0] < 1e-12, "the first epoch is of the rows themselves"
     assert np.min(wrong.train[1:]) > 0.01
-    with pytest.raises(ValueError, match="Expected x with 60 rows, as theta"):
+    with pytest.raises(ValueError, match=r"x of shape \(60, 4\), as the rows it renews; got \(59, 4\)"):
         run(lambda key: dataclasses.replace(draws, x=draws.x[:-1]))
+    with pytest.raises(ValueError, match="the theta of the rows, in their order"):
+        run(lambda key: jax.tree.map(lambda a: a[::-1], draws))
     with pytest.raises(ValueError, match="renew.* with scores, as the rows it renews have"):
         run(lambda key: dataclasses.replace(draws, score=None))
 
@@ -248,11 +250,29 @@ def test_mistakes_at_one_theta_are_told():
         run(score=None)
     with pytest.raises(ValueError, match="not training rows; 30 of 30 have the same score"):
         run(validation=(draws.theta[:30], draws.x[:30], draws.score[:30]))
+    with pytest.raises(ValueError, match="validation rows at the one theta of the training rows"):
+        run(validation=(draws.theta[:30] + 1.0, draws.x[:30], draws.score[:30]))
+    with pytest.raises(ValueError, match=r"validation=\(theta, x, score\), as there are scores"):
+        run(validation=(draws.theta[:30], draws.x[:30]))
+    with pytest.raises(ValueError, match=r"every parameter to vary among the training rows; \['mean'\] does not"):
+        run(theta=draws.theta.at[:, 1].set(jnp.linspace(-1.0, 1.0, 100)))
     with pytest.warns(UserWarning, match="mean score of mean at the one theta is .* standard errors from 0"):
         run(score=draws.score + jnp.array([[10.0, 0.0]]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run()
+
+
+def test_one_wild_score_at_one_theta_decides_nothing():
+    draws = at_one_theta(200, 1)
+    options = dict(prior=Scale(), loss="score", max_epochs=1)
+    wild = draws.score.at[7].set(1e6)
+    found = [
+        fit_compressor(jax.random.key(0), network(), draws.theta, draws.x, score, **options)
+        for score in (draws.score, wild)
+    ]
+    scales = [np.std(one.many(draws.x), axis=0) for one in found]
+    np.testing.assert_allclose(scales[1], scales[0], rtol=0.1)
 
 
 def test_mistakes_are_told(simulations):

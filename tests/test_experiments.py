@@ -14,6 +14,7 @@ import pytest
 import diffsbi as ds
 from experiments import changed, command_line
 from experiments.curves import simulations_saved
+from experiments.information import _fisher, _measured
 from experiments.lensing import MapConfig, begin, draws_under, local_check, lost, published_files
 
 QUICK = ("scores_lotka_volterra",)
@@ -97,6 +98,21 @@ def test_local_check_sees_a_shift_at_the_map(tmp_path):
     right, wrong = (local_check([tmp_path / f"{name}.npz"], t, np.zeros(1)) for name in ("right", "wrong"))
     assert right["local_p_value"] > 0.02 and wrong["local_p_value"] < 0.02
     assert local_check([tmp_path / "right.npz"], t[:20], np.zeros(1)) == {}
+
+
+def test_information_of_numbers_that_know_all_is_exact():
+    """x = A theta + e with unit noise: F = A^T A; and its error is the scatter among sets of simulations."""
+    rng, root = np.random.default_rng(0), np.array([[2.0, 0.0], [1.9, 0.3], [0.5, 0.5]])
+    steps, precision = np.array([0.1, 0.2]), np.eye(2)
+    found = []
+    for _ in range(40):
+        x, noise = rng.normal(size=(2000, 3)), rng.normal(size=(100, 3))
+        pairs = np.stack([[noise + sign * step * root[:, a] / 2 for sign in (-1, 1)] for a, step in enumerate(steps)])
+        found.append(_measured(_fisher(lambda x: x, x, pairs, steps), precision))
+    nats, errors = (np.array([one[name] for one in found]) for name in ("nats", "error"))
+    exact = np.linalg.slogdet(root.T @ root + precision)[1] / 2
+    assert abs(nats.mean() - exact) < 4 * nats.std() / np.sqrt(40)
+    assert 0.7 < errors.mean() / nats.std() < 1.4
 
 
 def test_simulations_saved_is_the_factor_between_two_curves():

@@ -299,14 +299,31 @@ def test_a_prior_left_in_is_seen_between_bounds_too(n):
 def test_rows_left_out_are_told_where_they_are():
     theta, x, _ = simulate(jax.random.key(0), 300)
     theta, x = np.asarray(theta), np.asarray(x)
-    bad = {"corner": theta[:, 0] > 1, "anywhere": np.random.default_rng(0).random(300) < 0.15}
+    bad = {
+        "corner": theta[:, 0] > 1,
+        "both ends": np.abs(theta[:, 1]) > 1.5,
+        "anywhere": np.random.default_rng(0).random(300) < 0.15,
+    }
     said = {}
     for name, rows in bad.items():
         with pytest.warns(UserWarning, match=rf"Left out {rows.sum()} of 300") as caught:
             npe().append(theta, np.where(rows[:, None], np.nan, x), on_invalid="drop")
         said[name] = str(caught[0].message)
-    assert "biased towards the others: most have a between 1.0" in said["corner"] and " b " not in said["corner"]
+    assert "80 % of them have a in [1.0" in said["corner"] and " b in" not in said["corner"]
+    assert "(of all rows: in [-1." in said["corner"]
+    assert " b in [-" in said["both ends"] and " a in" not in said["both ends"]
     assert "biased wherever such rows are likelier than elsewhere" in said["anywhere"]
+
+
+def test_few_rows_do_not_suggest_another_order():
+    """Of right scores, heavy-tailed ones among them."""
+    rng, names = np.random.default_rng(0), [f"p{i}" for i in range(6)]
+    for n in (20, 60, 100):
+        for _ in range(20):
+            theta, z = rng.normal(size=(n, 6)), rng.standard_t(3, size=(n, 6))
+            x = np.concatenate([theta + z, rng.normal(size=(n, 34))], 1)
+            score = 4 * z / (3 + z**2)
+            assert score_warnings(names, theta, x, score, -theta) == []
 
 
 def test_appended_rows_must_agree():

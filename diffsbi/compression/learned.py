@@ -1,7 +1,6 @@
 r"""Compression by a network that is trained on simulations: $x \to t(x)$, one number for each parameter."""
 
 import dataclasses
-import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -138,9 +137,10 @@ def fit_compressor(
         loss: A name in `LOSSES`, or an `AbstractLoss`.
         augment: (key, row of x) → a row as likely at every theta (`torus_symmetry`); drawn anew at every step. The row
             keeps its score.
-        renew: key → the same simulations with other x and the scores that go with it, as
-            `lambda key: fresh_noise(sim, key, draws)`; called after every epoch, for the rows of the next one. Rows to
-            stop by stay as they are.
+        renew: key → `Draws` of the same theta with other x and the scores that go with it, as
+            `lambda key: fresh_noise(sim, key, draws, latents="whitened")`; called after every epoch, for the rows of
+            the next one. Rows to stop by stay as they are, so their scores should be as noisy: averages over draws of
+            the latents are not renewed as such.
         validation: (theta, x) or (theta, x, score) of rows to stop by; by default a part of the training rows.
         validation_fraction: That part.
         width: Hidden units of the head g.
@@ -148,7 +148,7 @@ def fit_compressor(
 
     Raises:
         ValueError: Wrong shapes, values that are not finite, fewer than 20 rows, validation rows that are training
-            rows, a loss that needs scores without them.
+            rows, a loss that needs scores without them, a parameter that does not vary, renewed rows that are others.
 
     Warns where scores look as if the prior's gradient were in them, or the parameters in another order.
     """
@@ -163,13 +163,17 @@ def fit_compressor(
         raise ValueError(f"Expected at least {SMALLEST_N} simulations to compress from; got {n}.")
     if validation is not None:
         parts.append(_checked(prior, proposal, *validation))
-    one_theta = not np.ptp(np.concatenate([part["u"] for part in parts]), axis=0).any()
-    ready: Callable[[dict[str, Any]], dict[str, Any]] = lambda rows: rows  # noqa: E731
-    if one_theta:
-        ready = functools.partial(_at_one_theta, prior.names, loss, proposal)
-        parts, loss = [ready(part) for part in parts], LocalScoreRegression()
-    key_split, key_head, key_fit = jax.random.split(key, 3)
-    key_renew = jax.random.fold_in(key_split, 0)
+        if "own" in parts[0] and "own" not in parts[1]:
+            raise ValueError("Expected validation=(theta, x, score), as there are scores to train on; got no score.")
+    thetas = [np.asarray(theta), *(np.asarray(other) for other in (validation or ())[:1])]
+    if one_theta := not np.ptp(thetas[0], axis=0).any():
+        if any((other != thetas[0][0]).any() for other in thetas):
+            raise ValueError("Expected validation rows at the one theta of the training rows; they are at others.")
+        _check_at_one_theta(loss, parts[0], proposal)
+        for message in _mean_score_warnings(prior.names, parts[0]["own"]):
+            warnings.warn(message, stacklevel=2)
+        parts, loss = [_with_score_as_target(part) for part in parts], LocalScoreRegression()
+    key_split, key_head, key_fit, key_renew = jax.random.split(key, 4)
     if validation is None:
         index, others = split_rows(key_split, n, validation_fraction)
         train, held_out = _take(parts[0], index), _take(parts[0], others)
@@ -184,22 +188,20 @@ def fit_compressor(
         of_prior = left_in(prior, prior.from_unconstrained(jnp.asarray(train["u"])))
         for message in score_warnings(prior.names, train["u"], _without_tails(features), train["own"], of_prior):
             warnings.warn(message, stacklevel=2)
-    units = train["u"].mean(0), np.linalg.cholesky(np.cov(train["u"].T).reshape((train["u"].shape[1],) * 2))
+    units = _units(prior.names, train["u"], "score" if one_theta else "parameter")
     train, held_out = _in_units(units, train), _in_units(units, held_out)
     compressor, residuals = _linear_start(key_correction, network, features, train["v"], width)
     if "score" in train:
         residuals["score_of_e"] = train["score"] @ compressor.lower
     extra = loss.head(key_loss, len(compressor.loc), train | residuals)
-    train = {name: value for name, value in train.items() if name in held_out}
 
     def rows_of(done: int) -> dict[str, Any]:
         if not done or renew is None:
             return train
         new = renew(jax.random.fold_in(key_renew, done))
-        if "use" in train and new.score is None:
-            raise ValueError("Expected renew(key) with scores, as the rows it renews have; got none.")
-        rows = ready(_checked(prior, proposal, theta, new.x, new.score if "use" in train else None))
-        return _in_units(units, _take(rows, index))
+        _check_renewed(new, theta, x, "use" in train)
+        rows = _checked(prior, proposal, theta, new.x, new.score if "use" in train else None)
+        return _in_units(units, _take(_with_score_as_target(rows) if one_theta else rows, index))
 
     objective = _Objective(loss, augment)
     options: dict[str, Any] = dict(
@@ -263,24 +265,51 @@ def _refuse_equal(train: np.ndarray, held_out: np.ndarray, what: str) -> None:
         )
 
 
-def _at_one_theta(names, loss: AbstractLoss, proposal, rows: dict[str, Any]) -> dict[str, Any]:
-    """Rows with their score in the place of the parameters, which are all the same."""
+def _check_at_one_theta(loss: AbstractLoss, rows: dict[str, Any], proposal) -> None:
     if not isinstance(loss, ScoreRegression) or "own" not in rows or proposal is not None:
         raise ValueError(
             f"All {len(rows['u'])} rows have the same theta: expected parameters that differ, or loss='score' with "
             f"scores and no proposal, which regresses the score there; got {type(loss).__name__}, "
             f"{'scores' if 'own' in rows else 'no scores'} and proposal={proposal}."
         )
-    score = rows["own"]
-    mean, error = score.mean(0), score.std(0) / np.sqrt(len(score))
-    for name, far in zip(names, np.abs(mean) / error, strict=True):
-        if far > SIGNIFICANT:
-            warnings.warn(
-                f"The mean score of {name} at the one theta is {far:.0f} standard errors from 0, which it must be: "
-                "scores are expected WITHOUT the prior's, and all rows of the simulator.",
-                stacklevel=4,
-            )
+
+
+def _mean_score_warnings(names, score: np.ndarray) -> list[str]:
+    """The mean of the scores at one theta must be zero."""
+    spread = np.std(_without_tails(score), axis=0)
+    far = np.abs(_without_tails(score).mean(0)) * np.sqrt(len(score)) / np.where(spread > 0, spread, np.inf)
+    return [
+        f"The mean score of {name} at the one theta is {value:.0f} standard errors from 0, which it must be: "
+        "scores are expected WITHOUT the prior's, and all rows of the simulator."
+        for name, value in zip(names, far, strict=True)
+        if value > SIGNIFICANT
+    ]
+
+
+def _with_score_as_target(rows: dict[str, Any]) -> dict[str, Any]:
+    """Rows with their score in the place of the parameters; one that is left out may not decide the units."""
+    score, used = rows["own"], rows["use"] > 0
+    score = np.where(used[:, None], score, score[used].mean(0))
     return {"u": score.astype(rows["u"].dtype), "x": rows["x"], "use": rows["use"]}
+
+
+def _check_renewed(new, theta, x, scored: bool) -> None:
+    """Renewed rows must be the same simulations, with data of the same shapes."""
+    if scored and new.score is None:
+        raise ValueError("Expected renew(key) with scores, as the rows it renews have; got none.")
+    if not np.array_equal(np.asarray(new.theta), np.asarray(theta)):
+        raise ValueError("Expected renew(key) with the theta of the rows, in their order; got another.")
+    shapes, found = (jax.tree.map(np.shape, rows) for rows in (x, new.x))
+    if shapes != found:
+        raise ValueError(f"Expected renew(key) with x of shape {shapes}, as the rows it renews; got {found}.")
+
+
+def _units(names, u: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and Cholesky factor of the rows, in which they are standardised."""
+    still = [name for name, column in zip(names, u.T, strict=True) if not np.ptp(column)]
+    if still:
+        raise ValueError(f"Expected every {what} to vary among the training rows; {still} does not. Leave it out.")
+    return u.mean(0), np.linalg.cholesky(np.cov(u.T).reshape((u.shape[1],) * 2))
 
 
 def _features(network, x) -> np.ndarray:

@@ -22,7 +22,7 @@ class AbstractLoss(eqx.Module):
     """`head` makes what is trained beside the compressor, and is dropped after; None where there is nothing."""
 
     def head(self, key: Key, n_features: int, batch: dict[str, Array]) -> Any:
-        """Untrained; `batch` has all training rows, with `e` in place of x."""
+        """Untrained; `batch` has all training rows, and `e` (and `score_of_e`) of the linear start."""
         return None
 
     @abc.abstractmethod

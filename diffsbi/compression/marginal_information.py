@@ -34,6 +34,7 @@ class MarginalInformation(NamedTuple):
             whole noise of a joint score, and F where the chain has forgotten.
         acceptance: Of the chains.
         gradients: For each simulation.
+        without: F without each of 20 blocks of the simulations, `(20, p, p)`: `jackknife_error` of anything made of F.
     """
 
     fisher: np.ndarray
@@ -43,6 +44,7 @@ class MarginalInformation(NamedTuple):
     lags: np.ndarray
     acceptance: float
     gradients: int
+    without: np.ndarray
 
 
 def marginal_information(
@@ -148,7 +150,7 @@ def _from_scores(s: np.ndarray, gap: int, acceptance: float, gradients: int) -> 
             )
     return MarginalInformation(
         fisher, jackknife_error(without), _log_det(fisher), float(jackknife_error(log_dets)),
-        np.average(lags, axis=0, weights=sizes), acceptance, gradients,
+        np.average(lags, axis=0, weights=sizes), acceptance, gradients, without,
     )  # fmt: skip
 
 

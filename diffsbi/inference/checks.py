@@ -13,6 +13,7 @@ from diffsbi.prior import Prior
 
 SIGNIFICANT = 5.0  # standard errors
 _LEAST_ROWS = 20
+_LEAST_FOR_ORDER = 50  # or twice the columns of x: fewer rows suggest another order by chance
 _TOO_FAR = 300.0  # robust standard deviations
 
 
@@ -21,7 +22,7 @@ def outlier_warnings(x: Float[Array, "n d"], drawn_in: bool = True) -> list[str]
     data, moments = np.asarray(x, float), robust_moments(x)
     distance = moments.distance(data)
     rows = np.flatnonzero((distance > _TOO_FAR).any(1))
-    if len(data) < _LEAST_ROWS or not len(rows):
+    if len(data) < _LEAST_FOR_ORDER or not len(rows):
         return []
     row, column = np.unravel_index(int(distance.argmax()), distance.shape)
     done = f"counted in logarithms from {REACH:g} on" + ("" if drawn_in else " in the standardisation, and bounded")
@@ -57,7 +58,10 @@ def score_warnings(
         return []
     far = 10 * 1.4826 * np.median(np.abs(scores - np.median(scores, 0)), 0) + 1e-300
     scores = np.clip(scores, -far, far)
-    return [*_with_prior(names, scores, gradients), *_other_order(names, parameters, data, scores)]
+    order = []
+    if len(parameters) >= max(_LEAST_FOR_ORDER, 2 * data.shape[1]):
+        order = _other_order(names, parameters, data, scores)
+    return [*_with_prior(names, scores, gradients), *order]
 
 
 def warnings_of_scores(prior: Prior, theta, x, score) -> list[str]:

@@ -107,7 +107,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
             proposal: What theta was drawn from, with a `log_prob(theta)` in JAX (`gaussian_proposal`); None for the
                 prior. Likelihoods and ratios do not depend on it; posteriors are corrected for it.
             on_invalid: "raise", or "drop": rows with a number that is not finite are left out, with a warning that
-                says how many; the fit is then biased wherever such rows are likelier than elsewhere.
+                says how many, and where; the fit is then biased wherever such rows are likelier than elsewhere.
 
         Raises:
             ValueError: Wrong shapes, values that are not finite, theta outside the prior, or scores for only some

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import ks_2samp
 
 from diffsbi._types import check_names
 from diffsbi.prior import Prior
 
 _BLOCK_ROWS = 2**16
 _BLOCK_BYTES = 2**25
-ELSEWHERE = 4.0  # standard errors
+_FEWEST_TO_PLACE = 10
+_ELSEWHERE = 1e-4  # p-value
 
 Columns = dict[str, np.ndarray]
 
@@ -143,28 +144,27 @@ def _finite_rows(prior: Prior, theta, x, score):
     if keep.all():
         return theta, x, score
     where = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
-    places = _places(prior, theta, keep, bad["theta"])
-    biased = (
-        f"biased towards the others: {places}" if places else "biased wherever such rows are likelier than elsewhere"
-    )
+    places = _places(prior.names, theta, keep, bad["theta"])
     warnings.warn(
-        f"Left out {int((~keep).sum())} of {len(keep)} rows that are not finite ({where}): the fit is {biased}.",
+        f"Left out {int((~keep).sum())} of {len(keep)} rows that are not finite ({where}): the fit is biased "
+        f"{places or 'wherever such rows are likelier than elsewhere'}.",
         stacklevel=4,
     )
     return select(keep, theta, x, score)
 
 
-def _places(prior: Prior, theta, keep: np.ndarray, unknown: np.ndarray) -> str:
-    """In which parameters rows that are left out are elsewhere than all rows are, with the bounds of their middle."""
+def _places(names: Sequence[str], theta, keep: np.ndarray, unknown: np.ndarray) -> str:
+    """In which parameters rows that are left out are elsewhere than the others, in words; empty where in none."""
     theta = np.concatenate([block for (block,) in blocks_of(theta)])[~unknown].astype(float)
     out = ~keep[~unknown]
-    if not 1 < out.sum() < len(out):
+    if not _FEWEST_TO_PLACE <= out.sum() <= len(out) - _FEWEST_TO_PLACE:
         return ""
-    # Ranks: a few values may be anything.
-    shift = (rankdata(theta, axis=0) / (len(theta) + 1))[out].mean(0) - 0.5
-    far = np.abs(shift) > ELSEWHERE * np.sqrt((1 - out.mean()) / (12 * out.sum()))
-    low, high = np.quantile(theta[out], [0.1, 0.9], axis=0)
-    return "; ".join(f"most have {prior.names[a]} between {low[a]:.3g} and {high[a]:.3g}" for a in np.flatnonzero(far))
+    found = []
+    for name, column in zip(names, theta.T, strict=True):
+        if ks_2samp(column[out], column[~out]).pvalue < _ELSEWHERE / len(names):
+            (low, high), (least, most) = (np.quantile(a, [0.1, 0.9]) for a in (column[out], column))
+            found.append(f"{name} in [{low:.3g}, {high:.3g}] (of all rows: in [{least:.3g}, {most:.3g}])")
+    return "there, as these are not like the others: 80 % of them have " + ", ".join(found) if found else ""
 
 
 def where(inside: Callable[[np.ndarray], np.ndarray], part: Part) -> Part:

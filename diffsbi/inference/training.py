@@ -149,7 +149,8 @@ def fit(
         key_epoch = jax.random.fold_in(key, epoch)
         try:
             step = _epoch(state, static, rows, validation, key_epoch, rates, loss, batches, has_measures)
-            rows = rows_of(epoch)  # read while the step is computed
+            if epoch < max_epochs:
+                rows = rows_of(epoch)  # read while the step is computed
             state, (of_train, train_measures), (of_validation, measures) = step
             train_value, validated = float(of_train), float(of_validation)
         except Exception as error:
