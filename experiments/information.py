@@ -36,9 +36,10 @@ PAIRS_APART = 0.2  # widths of the proposal, between the two of a pair
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(compressors.Config):
-    """`n_full`: simulations for the data's own F; `n_test`, `n_pairs`: for that of the numbers, and its derivatives.
+    """`n_full`: simulations for the data's own F, whose chains of `full_average` turns forget within `full_gap`.
 
-    `steps`: of training, about, where n is large enough for them within `max_epochs`; the IMNN has its own.
+    `n_test`, `n_pairs`: simulations for F of the numbers, and for its derivatives. `steps`: of training, about, where n
+    is large enough for them within `max_epochs`; the IMNN has its own.
     """
 
     n_pix: int = 32
@@ -46,15 +47,18 @@ class Config(compressors.Config):
     n: tuple[int, ...] = (250, 1000, 4000, 10_000)
     n_test: int = 2000
     n_pairs: int = 300
-    n_full: int = 3000
+    n_full: int = 2000
+    full_average: int = 24
+    full_gap: int = 8
+    full_steps: int = 3
     steps: int = 2000
     max_epochs: int = 80
 
 
 PRESETS = {
     "smoke": Config(
-        n_pix=16, compressors=("mse", AT_CENTRE, "latent_scores"), n=(60, 120), n_test=60, n_pairs=20, n_full=20,
-        seeds=1, channels=(4, 4), n_average=1, steps=4, max_epochs=2, n_warmup=20, n_chains=2, n_spectrum=10,
+        n_pix=16, compressors=("mse", AT_CENTRE, "latent_scores"), n=(60, 120), n_test=60, n_pairs=20,
+        n_full=20, full_average=4, full_gap=2, full_steps=1, seeds=1, channels=(4, 4), n_average=1, steps=4, max_epochs=2, n_warmup=20, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
 }  # fmt: skip
@@ -98,7 +102,8 @@ def main(cfg: Config, out: Path) -> None:
 
 def _full(cfg: Config, sim, centre, run, folder: Path) -> dict:
     """F of the data at the centre."""
-    found = marginal_information(sim, run.key("full"), centre, n=cfg.n_full, progress=True)
+    settings = dict(n_average=cfg.full_average, gap=cfg.full_gap, n_steps=cfg.full_steps)
+    found = marginal_information(sim, run.key("full"), centre, n=cfg.n_full, progress=True, **settings)
     write_npz(folder / "fisher.npz", {"fisher": found.fisher, "without": found.without})
     return {"simulations": cfg.n_full, "gradients": cfg.n_full * found.gradients}
 
