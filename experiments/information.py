@@ -57,8 +57,9 @@ class Config(compressors.Config):
 
 PRESETS = {
     "smoke": Config(
-        n_pix=16, compressors=("mse", AT_CENTRE, "latent_scores"), n=(60, 120), n_test=60, n_pairs=20,
-        n_full=20, full_average=4, full_gap=2, full_steps=1, seeds=1, channels=(4, 4), n_average=1, steps=4, max_epochs=2, n_warmup=20, n_chains=2, n_spectrum=10,
+        n_pix=16, compressors=("mse", AT_CENTRE, "latent_scores"), n=(60, 120), n_test=60, n_pairs=20, n_full=20,
+        full_average=4, full_gap=2, full_steps=1, seeds=1, channels=(4, 4), n_average=1, steps=4, max_epochs=2,
+        n_warmup=20, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
 }  # fmt: skip
