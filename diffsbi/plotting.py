@@ -201,14 +201,14 @@ def curves(
     """
     with matplotlib.rc_context(STYLE):
         axis = (figure := _figure(width, 3.2)).subplots()
-        for i, name in enumerate(dict.fromkeys(name for name, *_ in rows)):
+        for i, name in enumerate(names := list(dict.fromkeys(name for name, *_ in rows))):
             x, y, error = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
             style = dict(ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)])
             axis.errorbar(x, y, error, fmt="os^"[i // len(CYCLE) % 3] + "-" * (not ticks), label=name, **style)
         for k, (name, level) in enumerate(levels.items()):
             axis.axhline(level, color="0.4", lw=0.8, ls=("--", ":", "-.")[k % 3], label=name)
         axis.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
-        figure.legend(loc="outside upper center", ncols=3) if ticks or i + len(levels) > 5 else axis.legend()
+        figure.legend(loc="outside upper center", ncols=3) if ticks or len([*names, *levels]) > 6 else axis.legend()
         places = list(range(len(ticks))) or sorted({row[1] for row in rows})
         if ticks or (log_x and len(places) < 10 and all(b > 1.1 * a for a, b in zip(places, places[1:], strict=False))):
             axis.set_xticks(places, ticks or [f"{x:g}" for x in places])
