@@ -45,6 +45,7 @@ LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
 FREE = ("latent_scores", "score_change", "marginal_score")
 NUMBERS = {"hybrid": 1, "statistics": 1, "wavelets": 2}  # where in a row (map, statistics, wavelets)
 OTHERS = (*NUMBERS, *FREE)
+AT_CENTRE = "score_at_centre"  # score regression on simulations that are all there; for `experiments.information`
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
 
 
@@ -201,9 +202,11 @@ def compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: 
     rows = jax.tree.map(lambda a: a[:n], train if both else train | {"x": train["x"][0]})
     if both:
         network = HybridNetwork(network) if name == "hybrid" else Numbers(NUMBERS[name])
+    scored = both or name in ("vmim", "score", AT_CENTRE)
     fitted = fit_compressor(
-        key, network, rows["theta"], rows["x"], rows["score"] if name in ("vmim", "score") or both else None,
-        prior=sim.prior, proposal=proposal, loss="vmim" if both else name, augment=_turned if both else torus_symmetry,
+        key, network, rows["theta"], rows["x"], rows["score"] if scored else None,
+        prior=sim.prior, proposal=None if name == AT_CENTRE else proposal,
+        loss="vmim" if both else "score" if name == AT_CENTRE else name, augment=_turned if both else torus_symmetry,
         max_epochs=cfg.epochs, patience=max(2, cfg.epochs // 3), learning_rate=cfg.learning_rate,
     )  # fmt: skip
     return lambda x: fitted.many(x if both else x[0]), n, len(fitted.history.train)

@@ -21,16 +21,15 @@ import numpy as np
 from scipy.linalg import eigh
 
 from diffsbi._files import load_npz, write_json, write_npz
-from diffsbi.compression import MapNetwork, fit_compressor, marginal_information, torus_symmetry
+from diffsbi.compression import marginal_information
 from diffsbi.compression.information import information, jackknife_error
 from diffsbi.compression.marginal_information import JACKKNIFE
 from experiments import command_line, compressors
-from experiments.compressors import FREE, LOSSES, compressor, scores_of
+from experiments.compressors import AT_CENTRE, FREE, LOSSES, compressor, scores_of
 from experiments.curves import print_table
 from experiments.lensing import observe, spectrum_proposal
 
 STAGES = ("observed", "spectrum", "full", "test", "simulations", "scores", "derivatives", "network", "compress", "fits")
-AT_CENTRE = "score_at_centre"
 PAIRS_APART = 0.2  # widths of the proposal, between the two of a pair
 
 
@@ -75,8 +74,7 @@ def main(cfg: Config, out: Path) -> None:
     centre = sim.prior.from_unconstrained(proposal.loc)
     precision = np.linalg.inv(np.cov(np.asarray(sim.prior.sample(run.key("full"), (10_000,)), float).T))
     run.once("full", lambda folder: _full(cfg, sim, centre, run, folder))
-    found = load_npz(run.path("full", "fisher.npz"))
-    full = _measured(found, precision)
+    full = _measured(load_npz(run.path("full", "fisher.npz")), precision)
     print(f"The data themselves: {full['nats']:.2f} ± {full['error']:.2f} nats")
     rows, test = [], None
     for n, seed in itertools.product(cfg.n, range(cfg.seeds)):
@@ -121,38 +119,29 @@ def _measured(found: dict, precision) -> dict[str, float]:
 
 
 def _rows(cfg: Config, sim, proposal, run, seed: int) -> dict:
-    """Training rows of one seed: from the proposal, and `AT_CENTRE` at its centre."""
+    """Training rows of one seed: from the proposal ("near"), and `AT_CENTRE`, where all are at its centre."""
     key, most = jax.random.fold_in(run.key("simulations"), seed), max(cfg.n)
-    key_theta, key_draw, key_centre = jax.random.split(key, 3)
+    key_theta, key_near, key_centre = jax.random.split(key, 3)
+
+    def rows(key, theta, place: int, scored: bool) -> dict:
+        score = scores_of(cfg, sim, run, 2 * seed + place, key, theta) if scored else None
+        x = np.asarray(sim.draw(key, most, theta, with_score=False).x)
+        return dict(theta=np.asarray(theta), x=(x,), score=score)
+
     theta = proposal.sample(key_theta, (most,))
-    centres = jnp.tile(sim.prior.from_unconstrained(proposal.loc), (most, 1))
-    data = {}
-    for place, (name, key, at) in enumerate((("near", key_draw, theta), (AT_CENTRE, key_centre, centres))):
-        if {"near": {"vmim", "score"}, AT_CENTRE: {AT_CENTRE}}[name] & set(cfg.compressors):
-            score = scores_of(cfg, sim, run, 2 * seed + place, key, at)
-        else:
-            score = None
-        if name == "near" or score is not None:
-            x = np.asarray(sim.draw(key, most, at, with_score=False).x)
-            data[name] = dict(theta=np.asarray(at), x=(x,), score=score)
+    data = {"near": rows(key_near, theta, 0, bool({"vmim", "score"} & set(cfg.compressors)))}
+    if AT_CENTRE in cfg.compressors:
+        centre = sim.prior.from_unconstrained(proposal.loc)
+        data[AT_CENTRE] = rows(key_centre, jnp.tile(centre, (most, 1)), 1, True)
     return data
 
 
 def _compress(cfg: Config, sim, proposal, run, data, name: str, n: int, seed: int) -> Callable:
     """Maps → numbers, by `name` from n simulations."""
-    epochs = int(np.clip(64 * cfg.steps // n, 1, cfg.max_epochs))
-    cfg = dataclasses.replace(cfg, epochs=epochs)
-    if name != AT_CENTRE:
-        compress, _, _ = compressor(cfg, sim, proposal, run, data and data["near"], name, n, seed)
-        return lambda x: np.asarray(compress((x,)))
-    network = MapNetwork(jax.random.fold_in(run.key("network"), seed), sim.n_bins, cfg.channels, cfg.fold)
-    rows = data[AT_CENTRE]
-    fitted = fit_compressor(
-        jax.random.fold_in(run.key("compress"), 1000 * seed + n), network, rows["theta"][:n], rows["x"][0][:n],
-        rows["score"][:n], prior=sim.prior, loss="score", augment=torus_symmetry,
-        max_epochs=epochs, patience=max(2, epochs // 3), learning_rate=cfg.learning_rate,
-    )  # fmt: skip
-    return fitted.many
+    cfg = dataclasses.replace(cfg, epochs=int(np.clip(64 * cfg.steps // n, 1, cfg.max_epochs)))
+    train = None if name in FREE else data[name if name == AT_CENTRE else "near"]
+    compress, _, _ = compressor(cfg, sim, proposal, run, train, name, n, seed)
+    return lambda x: np.asarray(compress((x,)))
 
 
 def _test(cfg: Config, sim, proposal, run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -41,11 +41,9 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
     most = {row["compressor"]: row["n"] for row in reversed(found["rows"]) if row["seed"] == 0}
     drawn = {"contours": DRAWN, "losses": {name: TITLES[name].replace("\n", " ") for name in LOSSES}}
     for figure, titles in drawn.items():
-        present = {name: folder / "fits" / f"{name}_{most[name]}_0.npz" for name in titles if name in most}
-        samples = {
-            name: load_npz(path)["theta"]
-            for name, path in ({"full_field": folder / "full_field.npz"} | present).items()
-        }
+        paths = {name: folder / "fits" / f"{name}_{most[name]}_0.npz" for name in titles if name in most}
+        paths = {"full_field": folder / "full_field.npz"} | paths
+        samples = {name: load_npz(path)["theta"] for name, path in paths.items()}
         figures[f"compressors_{figure}"] = compared(found, samples, {"full_field": "full field"} | titles)
     return figures
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from diffsbi import plotting
 from diffsbi._files import read_json
 from paper_figures import command_line, mean_points
+from paper_figures.compressors import FREE
 
 TITLES = {
     "mse": "MSE",
@@ -15,7 +16,6 @@ TITLES = {
     "score_at_centre": "the same, at the centre",
     "imnn": "IMNN",
 }
-FREE = ("latent_scores", "score_change", "marginal_score")
 
 
 def draw(runs: Path) -> plotting.Figure:

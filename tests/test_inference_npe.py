@@ -316,13 +316,13 @@ def test_rows_left_out_are_told_where_they_are():
 
 
 def test_few_rows_do_not_suggest_another_order():
-    """Of right scores, heavy-tailed ones among them."""
+    """Of right scores with heavy-tailed noise: from twenty rows of forty numbers one fit in five would."""
     rng, names = np.random.default_rng(0), [f"p{i}" for i in range(6)]
-    for n in (20, 60, 100):
-        for _ in range(20):
-            theta, z = rng.normal(size=(n, 6)), rng.standard_t(3, size=(n, 6))
+    for n in (20, 100):
+        for _ in range(40):
+            theta, z = rng.normal(size=(n, 6)), rng.normal(size=(n, 6))
             x = np.concatenate([theta + z, rng.normal(size=(n, 34))], 1)
-            score = 4 * z / (3 + z**2)
+            score = z + 3 * rng.standard_t(2, size=(n, 6))
             assert score_warnings(names, theta, x, score, -theta) == []
 
 

@@ -276,8 +276,9 @@ def _check_at_one_theta(loss: AbstractLoss, rows: dict[str, Any], proposal) -> N
 
 def _mean_score_warnings(names, score: np.ndarray) -> list[str]:
     """The mean of the scores at one theta must be zero."""
-    spread = np.std(_without_tails(score), axis=0)
-    far = np.abs(_without_tails(score).mean(0)) * np.sqrt(len(score)) / np.where(spread > 0, spread, np.inf)
+    score = _without_tails(score)
+    spread = score.std(0)
+    far = np.abs(score.mean(0)) * np.sqrt(len(score)) / np.where(spread > 0, spread, np.inf)
     return [
         f"The mean score of {name} at the one theta is {value:.0f} standard errors from 0, which it must be: "
         "scores are expected WITHOUT the prior's, and all rows of the simulator."

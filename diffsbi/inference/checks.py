@@ -12,8 +12,8 @@ from diffsbi.inference.tails import REACH, robust_moments
 from diffsbi.prior import Prior
 
 SIGNIFICANT = 5.0  # standard errors
-_LEAST_ROWS = 20
-_LEAST_FOR_ORDER = 50  # or twice the columns of x: fewer rows suggest another order by chance
+_LEAST_ROWS = 50
+_LEAST_FOR_PRIOR = 20
 _TOO_FAR = 300.0  # robust standard deviations
 
 
@@ -22,7 +22,7 @@ def outlier_warnings(x: Float[Array, "n d"], drawn_in: bool = True) -> list[str]
     data, moments = np.asarray(x, float), robust_moments(x)
     distance = moments.distance(data)
     rows = np.flatnonzero((distance > _TOO_FAR).any(1))
-    if len(data) < _LEAST_FOR_ORDER or not len(rows):
+    if len(data) < _LEAST_ROWS or not len(rows):
         return []
     row, column = np.unravel_index(int(distance.argmax()), distance.shape)
     done = f"counted in logarithms from {REACH:g} on" + ("" if drawn_in else " in the standardisation, and bounded")
@@ -54,14 +54,14 @@ def score_warnings(
         prior_score: Gradient of the log-prior in theta, brought to that space as the scores are.
     """
     parameters, data, scores, gradients = (np.asarray(a, float) for a in (theta, x, score, prior_score))
-    if len(parameters) < _LEAST_ROWS:
+    if len(parameters) < _LEAST_FOR_PRIOR:
         return []
     far = 10 * 1.4826 * np.median(np.abs(scores - np.median(scores, 0)), 0) + 1e-300
     scores = np.clip(scores, -far, far)
-    order = []
-    if len(parameters) >= max(_LEAST_FOR_ORDER, 2 * data.shape[1]):
-        order = _other_order(names, parameters, data, scores)
-    return [*_with_prior(names, scores, gradients), *order]
+    found = _with_prior(names, scores, gradients)
+    if len(parameters) >= max(_LEAST_ROWS, 2 * data.shape[1]):  # fewer suggest another order by chance
+        found += _other_order(names, parameters, data, scores)
+    return found
 
 
 def warnings_of_scores(prior: Prior, theta, x, score) -> list[str]:
