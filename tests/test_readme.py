@@ -38,6 +38,14 @@ def test_modules_of_the_figures_exist():
     assert all((root / f"{module.replace('.', '/')}.py").is_file() for module in modules)
 
 
+def test_links_lead_somewhere():
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
+    assert len(links) > 30
+    assert not [(page.name, link) for page, link in links if "://" not in link and not (page.parent / link).exists()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_examples_run(index):
