@@ -27,7 +27,15 @@ from diffsbi.runs import start_run
 from diffsbi.sampling import full_field_posterior, load_chains
 from experiments import command_line
 from experiments.curves import print_saved, print_table
-from experiments.lensing import calibration_of, distances, draws_under, frame_draws, in_blocks, print_calibration
+from experiments.lensing import (
+    about,
+    calibration_of,
+    distances,
+    draws_under,
+    frame_draws,
+    in_blocks,
+    print_calibration,
+)
 
 PUBLISHED = {
     "none": {20: 0.997, 50: 0.972, 100: 0.942, 200: 0.860, 500: 0.788, 1000: 0.778},
@@ -68,6 +76,7 @@ PRESETS = {
         n_samples=200, ess=20, n_warmup=60, n_draws=60,
     ),
     "paper": Config(),
+    "narrow": Config(seeds=5, proposals=("narrow",)),
     "logs": Config(
         summary="logs", seeds=5, proposals=("narrow", "wide"), scores=("white", "laplace"), members=4, coverage_n=()
     ),
@@ -89,6 +98,7 @@ def main(cfg: Config, out: Path) -> None:
     run.once("exact", lambda folder: _exact(cfg, sim, x[0], run, folder))
     exact = load_chains(run.path("exact")).flat()
     summary = LaplaceMode(sim, n_starts=cfg.starts).many if cfg.summary == "mode" else jnp.log
+    write_npz(out / "exact.npz", {"theta": exact})  # for the figures, which know nothing of chains
     case = _Case(cfg, sim, summary(x)[0], exact)
     narrow = ds.gaussian_proposal(sim, exact, cfg.widen)
     rows, coverage = [], []
@@ -100,13 +110,14 @@ def main(cfg: Config, out: Path) -> None:
             path = out / "fits" / f"{name}_{score}_{n}_{seed}.json"
             if not path.exists():
                 print(path.stem, flush=True)
-                write_json(path, case.fit(proposal, pool, n, seed, score, path.with_suffix(".npz")))
+                write_json(path, case.fit(proposal, pool, n, seed, score, path))
             rows.append(read_json(path) | dict(proposal=name, score=score, n=n, seed=seed))
         for score, n in itertools.product(("none", *cfg.scores), cfg.coverage_n):
             files = [out / "fits" / f"{name}_{score}_{n}_{seed}.npz" for seed in range(cfg.seeds)]
             coverage.append(dict(estimator=f"NPE {name}", score=score, n=n) | calibration_of(files))
     alone = case.mode_alone(run.key("observed")) if cfg.summary == "mode" else {}
-    write_json(out / "distances.json", dict(rows=rows, published=PUBLISHED, mode_alone=alone, coverage=coverage))
+    found = dict(rows=rows, published=PUBLISHED, mode_alone=alone, coverage=coverage)
+    write_json(out / "distances.json", found | about(sim))
     print(f"\nC2ST against the exact posterior, mean and standard error over {cfg.seeds} seeds; published: {PUBLISHED}")
     print_table(rows, ("proposal", "score"))
     for name, score in itertools.product(cfg.proposals, cfg.scores):
@@ -149,7 +160,8 @@ class _Case(NamedTuple):
     observed: Any
     exact: np.ndarray
 
-    def fit(self, proposal, pool, n: int, seed: int, score: str, tested: Path) -> dict:
+    def fit(self, proposal, pool, n: int, seed: int, score: str, path: Path) -> dict:
+        """Distances of one fit; its draws, and those at the test observations, go beside `path`."""
         cfg = self.cfg
         rows = slice(seed * max(cfg.n), seed * max(cfg.n) + n)
         key_fit, key_sample = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), 1000 * seed + n))
@@ -162,8 +174,9 @@ class _Case(NamedTuple):
             first = cfg.seeds * max(cfg.n) + seed * share
             theta, x = (pool[name][first : first + share] for name in ("theta", "x"))
             samples = draws_under(posterior, proposal, x, jax.random.fold_in(key_sample, 1))
-            write_npz(tested, dict(theta=theta, samples=samples))
+            write_npz(path.with_suffix(".npz"), dict(theta=theta, samples=samples))
         theta = np.asarray(posterior.sample(key_sample, cfg.n_samples, self.observed))
+        write_npz(path.with_suffix(".draws.npz"), {"theta": theta})
         return distances(theta, {"c2st": self.exact}, self.sim.names, seed)
 
     def mode_alone(self, key) -> dict:
