@@ -1,5 +1,7 @@
 """Scores averaged over a chain of latents: unbiased whatever the step, less noisy, and exact where theory is."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -55,18 +57,9 @@ def test_the_average_is_unbiased_given_the_data_for_every_step(x64, n_steps):
         assert np.abs(t_values(rows * weight)).max() < 4.5
 
 
-def test_without_the_acceptance_step_the_mean_would_be_wrong(x64, monkeypatch):
-    inner = averaging.quarter_turn
-
-    def always(evaluate, state, key, n_steps):
-        monkeypatch.setattr(jax.random, "uniform", lambda *a, **k: jnp.zeros(()))
-        try:
-            return inner(evaluate, state, key, n_steps)
-        finally:
-            monkeypatch.undo()
-            monkeypatch.setattr(averaging, "quarter_turn", always)
-
-    monkeypatch.setattr(averaging, "quarter_turn", always)
+def test_without_the_weights_the_mean_would_be_wrong(x64, monkeypatch):
+    inner = averaging._quarter
+    monkeypatch.setattr(averaging, "_quarter", lambda *given: (*inner(*given)[:2], jnp.zeros(())))
     sim = Stars()
     theta = jnp.asarray([1.5, 0.1])
     kept = [k for k in range(8000)]
@@ -79,6 +72,31 @@ def test_without_the_acceptance_step_the_mean_would_be_wrong(x64, monkeypatch):
     rows = np.asarray(jax.jit(jax.vmap(one))(z, x, jnp.asarray(kept)))
     rows = rows[np.isfinite(rows).all(1)]
     assert np.abs(t_values(np.clip(rows, -50, 50))).max() > 6
+
+
+def test_a_trajectory_is_the_same_from_each_of_its_states(x64):
+    """Its weighted mean does not tell which state it started at; each was equally likely to be that."""
+    sim = Stars()
+    theta, z, x = sim.draw_one(jax.random.key(5), jnp.asarray([1.5, 0.1]))
+    evaluate = functools.partial(averaging.evaluator(sim, x, "white"), theta)
+    key, steps = jax.random.key(1), 20
+
+    def mean_from(start, momentum, ahead):
+        path = averaging._at(start, momentum, ahead)
+        for place in range(averaging.TURNS):
+            path = averaging._extended(evaluate, path, place, key, steps)
+        return path.mean
+
+    state, momentum = evaluate(z), 0.7 * jnp.ones(1)
+    expected, values = mean_from(state, momentum, averaging.TURNS), []
+    for before in range(1, averaging.TURNS + 1):
+        state, momentum, _ = averaging._quarter(evaluate, state, momentum, steps)
+        values.append(state.slope_of_setup)
+        found = mean_from(state, momentum, averaging.TURNS - before)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert np.ptp(np.stack(values), 0).min() > 0.1
+    ahead = [int(averaging._begin(state, jax.random.key(k), 2).ahead) for k in range(300)]
+    np.testing.assert_allclose(np.bincount(ahead, minlength=3), 100, atol=4 * np.sqrt(300 * 2 / 9))
 
 
 def test_more_draws_less_noise(x64):
@@ -98,15 +116,18 @@ def test_exact_in_the_whitened_coordinate_of_a_linear_simulator(x64):
     np.testing.assert_allclose(draws.score, jax.vmap(sim.marginal_score)(draws.theta, draws.x), rtol=0, atol=1e-10)
 
 
-def test_noise_of_a_linear_simulator_in_white_falls_as_independent_draws(x64):
-    """A quarter turn makes draws of a standard normal independent; here B is small, so white is nearly whitened."""
+def test_noise_of_a_linear_simulator_in_white_cancels_along_trajectories(x64):
+    """The scores are linear in latents that are nearly normal (B is small): those of K states of one trajectory
+
+    add up to |1 + i + i^2 + ...|^2 / K^2 of the noise of one; for K = 5 it is that of a second one, of two states.
+    """
     sim = linear_gaussian(dim=2, n_latents=2, n_data=4, seed=3)
     sim = type(sim)(sim.prior, sim.loc, sim.scale, sim.design, 0.1 * sim.mixing, sim.noise)
-    one, _ = residuals(sim, 4000, 1, 2, sim.marginal_score)
-    four, _ = residuals(sim, 4000, 4, 2, sim.marginal_score)
-    ratio = four.var(0) / one.var(0)
-    np.testing.assert_allclose(ratio, 0.25, atol=4 * 0.25 * np.sqrt(4 / 4000) + 0.02)
-    assert np.abs(t_values(four)).max() < 4.5
+    noise = {k: residuals(sim, 4000, k, 2, sim.marginal_score)[0] for k in (1, 2, 3, 4, 5)}
+    for k, share in {2: 1 / 2, 3: 1 / 9, 4: 0.0, 5: (2 / 6) ** 2 / 2}.items():
+        ratio = noise[k].var(0) / noise[1].var(0)
+        np.testing.assert_allclose(ratio, share, atol=4 * share * np.sqrt(4 / 4000) + 0.02)
+        assert np.abs(t_values(noise[k])).max() < 4.5
 
 
 def test_maps_keep_a_mean_score_of_zero():

@@ -14,6 +14,9 @@ from diffsbi.integrators import KICKS, QUARTER_TURN, kick, rotate
 LOW_ACCEPTANCE = 0.3
 """Of a chain of latents: below it is slow to forget, and users are told."""
 
+TURNS = 3
+"""Quarter turns of a trajectory that scores are averaged over: with a fourth it would be back at its start."""
+
 
 class State(NamedTuple):
     """A state of a chain: where it is, and the log-density with its slopes in the latents and in what theta fixes."""
@@ -64,41 +67,118 @@ def best_steps(acceptance_with: Callable[[int], float], most: int = 12) -> int:
 def average_score(
     sim, theta: Float[Array, " p"], z: Array, x: Array, key: Key, *, latents: str, n_average, n_steps
 ) -> tuple[Float[Array, " p"], Array]:
-    r"""$\frac1K \sum_k \nabla_\theta \log p(x, \xi_k | \theta)$ over K states of a Markov chain on $\xi | x, \theta$.
+    r"""$\nabla_\theta \log p(x, \xi | \theta)$ averaged over K states of Markov chains on $\xi | x, \theta$.
 
-    The chain starts at the simulation's own latents, which are a draw of $p(z | x, \theta)$: it is in equilibrium from
-    the first state, so that every term, and the average, has the marginal score $\nabla_\theta\log p(x | \theta)$ as
-    its mean given (theta, x). It is Metropolis-adjusted Hamiltonian Monte Carlo about a standard normal, with
-    trajectories of a quarter turn; nothing is adapted to the state. What depends on theta alone is computed, and
-    differentiated, once for all K states.
+    They start at the simulation's own latents, which are a draw of $p(z | x, \theta)$: in equilibrium from the first
+    state, so that the average has the marginal score $\nabla_\theta\log p(x | \theta)$ as its mean given (theta, x).
+    Nothing is adapted to the state. What depends on theta alone is computed, and differentiated, once for all K.
+
+    A trajectory about a standard normal has up to four states a quarter turn apart, of which the one it starts at is
+    any with the same probability (the others are before and after it). Given the trajectory, that one was state k with
+    probability $w_k \propto e^{-H_k}$ (multinomial Hamiltonian Monte Carlo: Betancourt 2017, arXiv:1701.02434), so
+    $\sum_k w_k s_k$ is unbiased whatever the step. Scores odd in $\xi$ cancel between opposite states, which states of
+    independent momenta would only average; what is even does not get less noise from more than two states of one
+    trajectory. The next one, with a new momentum, starts at a state drawn by these weights; trajectories count by
+    their numbers of states.
 
     Args:
         sim: Any simulator of the protocol.
         theta: Parameters.
         z: The simulation's own (white) latents.
         x: Its data.
-        key: Momenta and acceptances.
+        key: Momenta and choices.
         latents: The coordinate, of the chain and of the score.
         n_average: K, the simulation's own state included; at least 2.
-        n_steps: Steps of a trajectory; each takes two gradients.
+        n_steps: Steps of a quarter turn; each takes two gradients.
 
     Returns:
-        The average `(p,)` and the mean acceptance probability. It takes 2 (K - 1) n_steps + 1 gradients.
+        The average `(p,)` and the mean probability min(1, $e^{H - H'}$) to accept a state after that at its
+        trajectory's start. It takes 2 (K - 1) n_steps + 1 gradients.
     """
     setup, pull_back = jax.vjp(sim.setup, theta)
     xi, _ = sim.transport(latents).from_latents(setup, z, x)
     evaluate = functools.partial(evaluator(sim, x, latents), setup)
 
-    def transition(k, carry):
-        state, total, acceptance = carry
-        state, _, accepted = quarter_turn(evaluate, state, jax.random.fold_in(key, k), n_steps)
-        return state, jax.tree.map(jnp.add, total, state.slope_of_setup), acceptance + accepted
+    def turn(k, carry):
+        path, total, count, acceptance = carry
+        place, key_k = (k - 1) % TURNS, jax.random.fold_in(key, k)
+        turns = jnp.minimum(TURNS, n_average - k)  # of a trajectory that starts here
+        path = jax.lax.cond(place == 0, lambda: _begin(path.chosen, key_k, turns), lambda: path)
+        path = _extended(evaluate, path, place, jax.random.fold_in(key_k, 1), n_steps)
+        states = jnp.where((place == TURNS - 1) | (k == n_average - 1), place + 2, 0)  # none before its end
+        total = jax.tree.map(lambda a, mean: a + states * mean, total, path.mean)
+        return path, total, count + states, acceptance + jnp.minimum(1.0, jnp.exp(path.log_weight))
 
     first = evaluate(xi)
-    start = (first, first.slope_of_setup, jnp.zeros_like(first.value))
-    _, total, acceptance = jax.lax.fori_loop(1, n_average, transition, start)
-    (score,) = pull_back(jax.tree.map(lambda a: a / n_average, total))
+    zero = jax.tree.map(jnp.zeros_like, first.slope_of_setup)
+    start = (_at(first, jnp.zeros_like(xi), 0), zero, 0, jnp.zeros_like(first.value))
+    _, total, count, acceptance = jax.lax.fori_loop(1, n_average, turn, start)
+    (score,) = pull_back(jax.tree.map(lambda a: a / count, total))
     return score, acceptance / (n_average - 1)
+
+
+class _Trajectory(NamedTuple):
+    """States a quarter turn apart: those where it starts and ends, their weighted mean score, one of them chosen."""
+
+    start: State
+    momentum: Array
+    ahead: Array  # turns after the start; the others are before it
+    end: State
+    moved: Array  # momentum at the end
+    log_weight: Array  # of the end, that of the start is zero
+    log_total: Array
+    mean: Any
+    chosen: State
+
+
+def _at(state: State, momentum: Array, ahead) -> _Trajectory:
+    zero = jnp.zeros_like(state.value)
+    ahead = jnp.asarray(ahead, jnp.int32)
+    return _Trajectory(state, momentum, ahead, state, momentum, zero, zero, state.slope_of_setup, state)
+
+
+def _begin(state: State, key: Key, turns) -> _Trajectory:
+    """A trajectory of one state, with a new momentum and place among the `turns` + 1 that there will be."""
+    key_p, key_ahead = jax.random.split(key)
+    momentum = jax.random.normal(key_p, state.xi.shape, state.xi.dtype)
+    return _at(state, momentum, jax.random.randint(key_ahead, (), 0, turns + 1, jnp.int32))
+
+
+def _extended(evaluate, path: _Trajectory, place, key: Key, n_steps) -> _Trajectory:
+    """The trajectory with its turn number `place`: on from its end, at last backwards from its start."""
+    back = place == path.ahead
+    origin = path.start, -path.momentum, jnp.zeros_like(path.log_weight)
+    here, momentum, log_weight = _where(back, origin, (path.end, path.moved, path.log_weight))
+    new, moved, change = _quarter(evaluate, here, momentum, n_steps)
+    log_weight = jnp.where(jnp.isfinite(change), log_weight + change, -jnp.inf).astype(path.log_weight.dtype)
+    log_total = jnp.logaddexp(path.log_total, log_weight)
+    share = jnp.exp(log_weight - log_total)
+    counted = _where(share > 0, new.slope_of_setup, path.mean)  # lest zero times what is not finite
+    mean = jax.tree.map(lambda m, s: m + share * (s - m), path.mean, counted)
+    chosen = _where(jax.random.uniform(key, dtype=share.dtype) < share, new, path.chosen)
+    return path._replace(end=new, moved=moved, log_weight=log_weight, log_total=log_total, mean=mean, chosen=chosen)
+
+
+def _where(condition, yes, no):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _quarter(evaluate, state: State, momentum: Array, n_steps) -> tuple[State, Array, Array]:
+    """The state and the momentum after a quarter turn, and the energy lost: 2 `n_steps` gradients."""
+    dtype = state.xi.dtype
+    step = jnp.asarray(QUARTER_TURN / n_steps, dtype)
+
+    def half_step(i, carry):
+        new, p = carry
+        # The last kick of a step and the first of the next are one.
+        outer = jnp.where(i == 0, KICKS[0], 2 * KICKS[0])
+        weight = jnp.where(i % 2 == 0, outer, KICKS[1]).astype(dtype)
+        q, p = rotate(new.xi, kick(new.xi, p, new.slope, weight * step), step / 2)
+        return evaluate(q), p
+
+    new, p = jax.lax.fori_loop(0, 2 * n_steps, half_step, (state, momentum))
+    p = kick(new.xi, p, new.slope, KICKS[2] * step)
+    return new, p, energy_lost(state, new, momentum, p)
 
 
 def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0) -> tuple[State, State, Array]:
@@ -116,21 +196,8 @@ def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0) -> tuple[
         The state after the turn, that at the trajectory's end whether accepted or not, and the Metropolis acceptance.
     """
     key_p, key_u = jax.random.split(key)
-    dtype = state.xi.dtype
-    step = jnp.asarray(QUARTER_TURN / n_steps, dtype)
-    momentum = jax.random.normal(key_p, state.xi.shape, dtype)
-
-    def half_step(i, carry):
-        new, p = carry
-        # The last kick of a step and the first of the next are one.
-        outer = jnp.where(i == 0, KICKS[0], 2 * KICKS[0])
-        weight = jnp.where(i % 2 == 0, outer, KICKS[1]).astype(dtype)
-        q, p = rotate(new.xi, kick(new.xi, p, new.slope, weight * step), step / 2)
-        return evaluate(q), p
-
-    new, p = jax.lax.fori_loop(0, 2 * n_steps, half_step, (state, momentum))
-    p = kick(new.xi, p, new.slope, KICKS[2] * step)
-    change = energy_lost(state, new, momentum, p)
+    momentum = jax.random.normal(key_p, state.xi.shape, state.xi.dtype)
+    new, _, change = _quarter(evaluate, state, momentum, n_steps)
     acceptance = jnp.where(jnp.isfinite(change), jnp.minimum(1.0, jnp.exp(change)), 0.0).astype(state.value.dtype)
     accepted = (jax.random.uniform(key_u, dtype=acceptance.dtype) < acceptance) | (change > -slack)
-    return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state), new, acceptance
+    return _where(accepted, new, state), new, acceptance
