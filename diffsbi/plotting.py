@@ -15,9 +15,9 @@ LABELS = {
     "omega_c": r"\Omega_c",
     "omega_b": r"\Omega_b",
     "sigma_8": r"\sigma_8",
-    "h_0": r"h",
-    "n_s": r"n_s",
-    "w_0": r"w_0",
+    "h_0": "h",
+    **{name: name for name in ("n_s", "w_0")},
+    **{name: rf"\{name}" for name in ("alpha", "beta", "gamma", "delta")},
 }
 # Okabe and Ito's colours: told apart by colour-blind readers and in print.
 COLORS = {
