@@ -28,8 +28,8 @@ class Config:
 
     n_pix: tuple[int, ...] = (64, 256)
     n: tuple[int, ...] = (200, 60)
-    averages: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
-    reference: int = 64
+    averages: tuple[int, ...] = (1, 2, 4, 6, 8, 12, 16)
+    reference: int = 256
     chains: sampling.Config = dataclasses.field(default_factory=lambda: sampling.PRESETS["paper"])
     seed: int = 0
 
@@ -71,7 +71,7 @@ def measure(cfg: Config, n_pix: int, n: int, out: Path) -> list[dict]:
         )  # of which the mean is tr(C N)
         rows.append(
             dict(
-                n_pix=n_pix, latents=latents, n_average=int(k), gradients=2 * (int(k) - 1) * n_steps + 1, n=n,
+                n_pix=n_pix, latents=latents, n_average=int(k), gradients=2 * (int(k) - 1) + 1, n=n,
                 ratio=noise.mean() / information, error=noise.std(ddof=1) / np.sqrt(n) / information,
                 ms=float(np.median([s[f"ms_{name}"] for s in scores])),
             )

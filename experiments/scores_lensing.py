@@ -80,7 +80,7 @@ class Config(MapConfig):
     n_scored: int = 2000
     seeds: int = 5
     estimators: tuple[str, ...] = tuple(ESTIMATORS)
-    scores: tuple[tuple[str, int], ...] = (("white", 1), ("whitened", 4))
+    scores: tuple[tuple[str, int], ...] = (("white", 1), ("whitened", 8))
     n_covariance: int = 400
     n_derivative: int = 50
     n_reference: int = 20_000
@@ -99,7 +99,7 @@ PRESETS = {
     "paper": Config(),
     "prior": Config(proposal="prior", seeds=3),
     # 64² with the quiet scores alone, up to 400 simulations.
-    "short": Config(n=(50, 100, 200, 400), n_scored=400, scores=(("whitened", 4),), n_reference=8000),
+    "short": Config(n=(50, 100, 200, 400), n_scored=400, scores=(("whitened", 8),), n_reference=8000),
     # 64², compressed by gradients alone: no simulation but those of the fits.
     "latent_scores": Config(
         summary="latent_scores", n=(25, 50, 100, 200, 400), n_scored=400, n_reference=4000, coverage_n=(100,)
@@ -112,12 +112,12 @@ PRESETS = {
     # The same in the frames of short paths.
     "prior_paths": Config(
         summary="path_mode", turns=2, proposal="prior", n=(25, 50, 100), n_scored=100, estimators=("NPE",),
-        scores=(("whitened", 4),), n_reference=500, coverage_n=(100,), members=2,
+        scores=(("whitened", 8),), n_reference=500, coverage_n=(100,), members=2,
     ),
     # Few, and few to test them on: two hours on one core.
     "large_prior_paths": Config(
         n_pix=256, summary="path_mode", turns=2, proposal="prior", n=(25,), n_scored=25, seeds=4,
-        estimators=("NPE",), scores=(("whitened", 4),), n_reference=40, coverage_n=(25,), n_coverage=40,
+        estimators=("NPE",), scores=(("whitened", 8),), n_reference=40, coverage_n=(25,), n_coverage=40,
         ess=1000.0, members=2,
     ),
     # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
@@ -143,8 +143,7 @@ PRESETS = {
     ),
     "large_path_frames": Config(
         n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100),
-        n_scored=100, seeds=2, estimators=("NPE",), n_reference=80, coverage_n=(100,), n_coverage=80, ess=1000.0,
-        members=2,
+        n_scored=100, estimators=("NPE",), n_reference=80, coverage_n=(100,), n_coverage=80, ess=1000.0, members=2,
     ),
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ class Config(MapConfig):
     turns: int = 12
     seeds: int = 5
     estimators: tuple[str, ...] = ("NPE",)
-    scores: tuple[tuple[str, int], ...] = (("white", 1), ("whitened", 4))
+    scores: tuple[tuple[str, int], ...] = (("white", 1), ("whitened", 8))
     n_coverage: int = 500
     n_samples: int = 2000
     members: int = 2
@@ -71,8 +71,8 @@ PRESETS = {
     ),
     "paper": Config(estimators=tuple(ESTIMATORS)),
     # The full configuration.
-    "large": Config(n_pix=256, ess=1000.0, scores=(("whitened", 4),)),
-    "large_path": Config(n_pix=256, ess=1000.0, scores=(("whitened", 4),), proposal="path"),
+    "large": Config(n_pix=256, ess=1000.0, scores=(("whitened", 8),)),
+    "large_path": Config(n_pix=256, ess=1000.0, scores=(("whitened", 8),), proposal="path"),
 }  # fmt: skip
 
 

@@ -58,15 +58,15 @@ def test_the_average_is_unbiased_given_the_data_for_every_step(x64, n_steps):
 
 
 def test_without_the_weights_the_mean_would_be_wrong(x64, monkeypatch):
-    inner = averaging._quarter
-    monkeypatch.setattr(averaging, "_quarter", lambda *given: (*inner(*given)[:2], jnp.zeros(())))
+    inner = averaging._steps
+    monkeypatch.setattr(averaging, "_steps", lambda *given: (*inner(*given)[:2], jnp.zeros(())))
     sim = Stars()
     theta = jnp.asarray([1.5, 0.1])
     kept = [k for k in range(8000)]
     _, z, x = jax.vmap(lambda k: sim.draw_one(jax.random.fold_in(jax.random.key(2), k), theta))(jnp.asarray(kept))
 
     def one(z, x, k):
-        score, _ = average_score(sim, theta, z, x, jax.random.key(k), latents="white", n_average=4, n_steps=3)
+        score, _ = average_score(sim, theta, z, x, jax.random.key(k), latents="white", n_average=4, n_steps=1)
         return score - sim.marginal_score(theta, x)
 
     rows = np.asarray(jax.jit(jax.vmap(one))(z, x, jnp.asarray(kept)))
@@ -79,22 +79,22 @@ def test_a_trajectory_is_the_same_from_each_of_its_states(x64):
     sim = Stars()
     theta, z, x = sim.draw_one(jax.random.key(5), jnp.asarray([1.5, 0.1]))
     evaluate = functools.partial(averaging.evaluator(sim, x, "white"), theta)
-    key, steps = jax.random.key(1), 20
+    key, angle, most = jax.random.key(1), 0.08, 5
 
     def mean_from(start, momentum, ahead):
         path = averaging._at(start, momentum, ahead)
-        for place in range(averaging.TURNS):
-            path = averaging._extended(evaluate, path, place, key, steps)
+        for place in range(most):
+            path = averaging._extended(evaluate, path, place, key, angle)
         return path.mean
 
     state, momentum = evaluate(z), 0.7 * jnp.ones(1)
-    expected, values = mean_from(state, momentum, averaging.TURNS), []
-    for before in range(1, averaging.TURNS + 1):
-        state, momentum, _ = averaging._quarter(evaluate, state, momentum, steps)
+    expected, values = mean_from(state, momentum, most), []
+    for before in range(1, most + 1):
+        state, momentum, _ = averaging._steps(evaluate, state, momentum, angle, 1)
         values.append(state.slope_of_setup)
-        found = mean_from(state, momentum, averaging.TURNS - before)
+        found = mean_from(state, momentum, most - before)
         np.testing.assert_allclose(found, expected, rtol=1e-9)
-    assert np.ptp(np.stack(values), 0).min() > 0.1
+    assert np.ptp(np.stack(values), 0).min() > 0.05
     ahead = [int(averaging._begin(state, jax.random.key(k), 2).ahead) for k in range(300)]
     np.testing.assert_allclose(np.bincount(ahead, minlength=3), 100, atol=4 * np.sqrt(300 * 2 / 9))
 
@@ -117,14 +117,16 @@ def test_exact_in_the_whitened_coordinate_of_a_linear_simulator(x64):
 
 
 def test_noise_of_a_linear_simulator_in_white_cancels_along_trajectories(x64):
-    """The scores are linear in latents that are nearly normal (B is small): those of K states of one trajectory
+    """The scores are linear in latents that are nearly normal (B is small): those of K states of one trajectory add
 
-    add up to |1 + i + i^2 + ...|^2 / K^2 of the noise of one; for K = 5 it is that of a second one, of two states.
+    up to |sum_k e^(ik pi/4)|^2 / K^2 of the noise of one; for K = 10 it is that of a second one, of three states.
     """
     sim = linear_gaussian(dim=2, n_latents=2, n_data=4, seed=3)
     sim = type(sim)(sim.prior, sim.loc, sim.scale, sim.design, 0.1 * sim.mixing, sim.noise)
-    noise = {k: residuals(sim, 4000, k, 2, sim.marginal_score)[0] for k in (1, 2, 3, 4, 5)}
-    for k, share in {2: 1 / 2, 3: 1 / 9, 4: 0.0, 5: (2 / 6) ** 2 / 2}.items():
+    noise = {k: residuals(sim, 4000, k, 2, sim.marginal_score)[0] for k in (1, 2, 4, 8, 10)}
+    shares = {k: np.abs(np.exp(0.25j * np.pi * np.arange(k)).mean()) ** 2 for k in (2, 3, 4, 8)}
+    shares[10] = (3 / 11) ** 2 * shares.pop(3)
+    for k, share in shares.items():
         ratio = noise[k].var(0) / noise[1].var(0)
         np.testing.assert_allclose(ratio, share, atol=4 * share * np.sqrt(4 / 4000) + 0.02)
         assert np.abs(t_values(noise[k])).max() < 4.5

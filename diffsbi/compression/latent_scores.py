@@ -18,9 +18,6 @@ from diffsbi.prior import Prior
 from diffsbi.simulators.averaging import energy_lost, energy_slack, evaluator
 from diffsbi.simulators.base import draw_shapes
 
-FARTHEST = 10.0
-"""Standard deviations from the observation's posterior at which `ScoreFrame` takes a second score at most."""
-
 
 class _ScoresAtOnePoint(eqx.Module):
     """What statistics made of joint scores at `theta0` share; what depends on `theta0` alone is computed once."""
@@ -246,82 +243,50 @@ class ScoreChange(eqx.Module):
 class ScoreFrame(eqx.Module):
     r"""The normal approximation of one observation's posterior, moved to other data by their scores (`pack_frame`).
 
-    $x \to N(m + C (g(x, \theta_0) - g(x_o, \theta_0)), C)$ in the prior's unconstrained space, with m and C the moments
-    of draws of the posterior of $x_o$, and g the gradient there of the log-posterior, from scores: a step of Newton's
-    method with the curvature at $x_o$. Where posteriors of other data are narrower or wider, or far away, that step is
-    too long or too short; with `n_steps` > 1 more follow, $m' = m + C (g(x, m) - g(x_o, m_o))$, for a score each. What
-    all scores have in common, as the bias of short chains, cancels. From there `NPE(sim, framed=True)` learns, from
-    simulations of about the same place, what is wrong with it. With more steps than one JAX cannot trace it.
+    $x \to N(m + C J^T (s(x) - s(x_o)), C)$ in the prior's unconstrained space, with m and C the moments of draws of the
+    posterior of $x_o$, s scores at $\theta_0$ and $J = \partial\theta/\partial u$ there: a step of Newton's method with
+    the curvature at $x_o$. What all scores have in common, as the bias of short chains, cancels. From there
+    `NPE(sim, framed=True)` learns, from simulations of about the same place, what is wrong with it.
 
     Args:
         at: theta → score of one data set, as `functools.partial(MarginalScore, sim)`.
         prior: A `Prior`, or anything with a `prior` (a simulator).
-        theta0: Where scores are taken first.
+        theta0: Where scores are taken.
         x: The observation.
         theta: Draws of its posterior, `(n, p)`, from `path_posterior`, say.
-        n_steps: Newton steps.
 
     Raises:
-        ValueError: Draws of the wrong shape, too few of them, not finite or outside the prior; a score of x that is
-            not finite; or fewer steps than one.
+        ValueError: Draws of the wrong shape, too few of them, not finite or outside the prior; or a score of x that is
+            not finite.
     """
 
-    at: Callable[[Array], Any]
-    prior: Prior
-    first: Callable[[Array], Array]
+    score: Callable[[Array], Array]
     mean: Float[Array, " p"]
     root: Float[Array, "p p"]
-    observed: tuple[Float[Array, " p"], ...]
-    u0: Float[Array, " p"]
-    n_steps: int = eqx.field(static=True)
+    gain: Float[Array, "p p"]
+    observed: Float[Array, " p"]
     shape: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, at: Callable[[Array], Any], prior, theta0, x, theta, *, n_steps: int = 1):
-        if n_steps < 1:
-            raise ValueError(f"Expected n_steps >= 1; got {n_steps}.")
-        self.at, self.prior = at, prior if isinstance(prior, Prior) else prior.prior
-        mean, covariance = self.prior.unconstrained_moments(theta)
+    def __init__(self, at: Callable[[Array], Any], prior, theta0, x, theta):
+        prior = prior if isinstance(prior, Prior) else prior.prior
+        mean, covariance = prior.unconstrained_moments(theta)
         theta0 = jnp.asarray(theta0, jnp.result_type(float))
-        self.prior.check(theta0[None])
-        self.u0 = self.prior.to_unconstrained(theta0)
-        self.mean, self.root = (jnp.asarray(a, jnp.result_type(float)) for a in (mean, np.linalg.cholesky(covariance)))
-        self.first, self.n_steps, self.shape = at(theta0), int(n_steps), tuple(np.shape(x))
-        x = jnp.asarray(x, jnp.result_type(float))
-        points = [(self.first, self.u0), *[(None, self.mean)] * (n_steps > 1)]
-        self.observed = tuple(self._slope(x, *point) for point in points)
-        check_finite("score of the observation", jnp.stack(self.observed))
-
-    def _slope(self, x, score, u) -> Float[Array, " p"]:
-        """g of x at u, `score` of the parameters there."""
-        score = self.at(self.prior.from_unconstrained(u)) if score is None else score
-        return _slope_at(self.prior, score(x), u)
+        prior.check(theta0[None])
+        jacobian = np.asarray(jax.jacfwd(prior.from_unconstrained)(prior.to_unconstrained(theta0)), float)
+        moments = (mean, np.linalg.cholesky(covariance), covariance @ jacobian.T)
+        self.mean, self.root, self.gain = (jnp.asarray(a, jnp.result_type(float)) for a in moments)
+        self.score = at(theta0)
+        self.shape = tuple(np.shape(x))
+        self.observed = self.score(jnp.asarray(x, jnp.result_type(float)))
+        check_finite("score of the observation", self.observed)
 
     def __call__(self, x: Array) -> Float[Array, " k"]:
         """The numbers of the normal of one data set."""
-        covariance = self.root @ self.root.T
-        u = self.mean + covariance @ (self._slope(x, self.first, self.u0) - self.observed[0])
-        for _ in range(self.n_steps - 1):
-            u = _held(u, self.mean, self.root)
-            u = u + covariance @ (self._slope(x, None, u) - self.observed[1])
-        return pack_frame(u, self.root)
+        return pack_frame(self.mean + self.gain @ (self.score(x) - self.observed), self.root)
 
     def many(self, x, *, progress: bool = False) -> Float[Array, "n k"]:
         """Those of every row of `x`."""
         return _of_every_row(self, x, self.shape, progress)
-
-
-@eqx.filter_jit
-def _slope_at(prior: Prior, score: Array, u: Array) -> Float[Array, " p"]:
-    r"""$\nabla_u [\log p(x | \theta(u)) + \log p(u)]$, of the score in theta."""
-    _, pull_back = jax.vjp(prior.from_unconstrained, u)
-    return pull_back(score.astype(u.dtype))[0] + jax.grad(prior.log_prob_unconstrained)(u)
-
-
-@eqx.filter_jit
-def _held(u: Array, mean: Array, root: Array) -> Float[Array, " p"]:
-    """u, but no farther than `FARTHEST` widths: a step that was far too long must not lead out of all reason."""
-    width = jnp.linalg.norm(jax.scipy.linalg.solve_triangular(root, u - mean, lower=True))
-    return mean + (u - mean) * jnp.minimum(1.0, FARTHEST / jnp.maximum(width, FARTHEST / 2))
 
 
 def _of_every_row(statistic: Callable[[Array], Array], x, shape: tuple[int, ...], progress: bool) -> Array:

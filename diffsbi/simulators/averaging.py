@@ -14,9 +14,6 @@ from diffsbi.integrators import KICKS, QUARTER_TURN, kick, rotate
 LOW_ACCEPTANCE = 0.3
 """Of a chain of latents: below it is slow to forget, and users are told."""
 
-TURNS = 3
-"""Quarter turns of a trajectory that scores are averaged over: with a fourth it would be back at its start."""
-
 
 class State(NamedTuple):
     """A state of a chain: where it is, and the log-density with its slopes in the latents and in what theta fixes."""
@@ -73,13 +70,13 @@ def average_score(
     state, so that the average has the marginal score $\nabla_\theta\log p(x | \theta)$ as its mean given (theta, x).
     Nothing is adapted to the state. What depends on theta alone is computed, and differentiated, once for all K.
 
-    A trajectory about a standard normal has up to four states a quarter turn apart, of which the one it starts at is
-    any with the same probability (the others are before and after it). Given the trajectory, that one was state k with
-    probability $w_k \propto e^{-H_k}$ (multinomial Hamiltonian Monte Carlo: Betancourt 2017, arXiv:1701.02434), so
-    $\sum_k w_k s_k$ is unbiased whatever the step. Scores odd in $\xi$ cancel between opposite states, which states of
-    independent momenta would only average; what is even does not get less noise from more than two states of one
-    trajectory. The next one, with a new momentum, starts at a state drawn by these weights; trajectories count by
-    their numbers of states.
+    The states are the ends of all steps of a trajectory about a standard normal, at most once around. Where on it the
+    chain starts is drawn: each place is equally likely, and the other states are before and after it. Given the
+    trajectory, the start was its state k with probability $w_k \propto e^{-H_k}$ (multinomial Hamiltonian Monte Carlo:
+    Betancourt 2017, arXiv:1701.02434), so $\sum_k w_k s_k$ is unbiased whatever the step. Scores odd in $\xi$ cancel
+    between opposite states, which those of independent momenta would only average; what is even gets half the noise
+    from a quarter turn and no less from more of it. The next trajectory, with a new momentum, starts at a state drawn
+    by these weights; trajectories count by their numbers of states.
 
     Args:
         sim: Any simulator of the protocol.
@@ -89,40 +86,42 @@ def average_score(
         key: Momenta and choices.
         latents: The coordinate, of the chain and of the score.
         n_average: K, the simulation's own state included; at least 2.
-        n_steps: Steps of a quarter turn; each takes two gradients.
+        n_steps: Steps of a quarter turn; a trajectory has up to four times as many states.
 
     Returns:
-        The average `(p,)` and the mean probability min(1, $e^{H - H'}$) to accept a state after that at its
-        trajectory's start. It takes 2 (K - 1) n_steps + 1 gradients.
+        The average `(p,)` and the mean of min(1, $e^{H - H'}$), H at the start of a trajectory and H' at another of its
+        states. It takes 2 (K - 1) + 1 gradients.
     """
     setup, pull_back = jax.vjp(sim.setup, theta)
     xi, _ = sim.transport(latents).from_latents(setup, z, x)
     evaluate = functools.partial(evaluator(sim, x, latents), setup)
 
-    def turn(k, carry):
+    once_around = 4 * n_steps - 1  # one more step, and it would be back at its start
+
+    def step(k, carry):
         path, total, count, acceptance = carry
-        place, key_k = (k - 1) % TURNS, jax.random.fold_in(key, k)
-        turns = jnp.minimum(TURNS, n_average - k)  # of a trajectory that starts here
-        path = jax.lax.cond(place == 0, lambda: _begin(path.chosen, key_k, turns), lambda: path)
-        path = _extended(evaluate, path, place, jax.random.fold_in(key_k, 1), n_steps)
-        states = jnp.where((place == TURNS - 1) | (k == n_average - 1), place + 2, 0)  # none before its end
+        place, key_k = (k - 1) % once_around, jax.random.fold_in(key, k)
+        most = jnp.minimum(once_around, n_average - k)  # steps of a trajectory that starts here
+        path = jax.lax.cond(place == 0, lambda: _begin(path.chosen, key_k, most), lambda: path)
+        path = _extended(evaluate, path, place, jax.random.fold_in(key_k, 1), QUARTER_TURN / n_steps)
+        states = jnp.where((place == once_around - 1) | (k == n_average - 1), place + 2, 0)  # none before its end
         total = jax.tree.map(lambda a, mean: a + states * mean, total, path.mean)
         return path, total, count + states, acceptance + jnp.minimum(1.0, jnp.exp(path.log_weight))
 
     first = evaluate(xi)
     zero = jax.tree.map(jnp.zeros_like, first.slope_of_setup)
     start = (_at(first, jnp.zeros_like(xi), 0), zero, 0, jnp.zeros_like(first.value))
-    _, total, count, acceptance = jax.lax.fori_loop(1, n_average, turn, start)
+    _, total, count, acceptance = jax.lax.fori_loop(1, n_average, step, start)
     (score,) = pull_back(jax.tree.map(lambda a: a / count, total))
     return score, acceptance / (n_average - 1)
 
 
 class _Trajectory(NamedTuple):
-    """States a quarter turn apart: those where it starts and ends, their weighted mean score, one of them chosen."""
+    """States a step apart: those where it starts and ends, the mean of all their scores by weight, one of them."""
 
     start: State
     momentum: Array
-    ahead: Array  # turns after the start; the others are before it
+    ahead: Array  # steps after the start; the others are before it
     end: State
     moved: Array  # momentum at the end
     log_weight: Array  # of the end, that of the start is zero
@@ -137,19 +136,19 @@ def _at(state: State, momentum: Array, ahead) -> _Trajectory:
     return _Trajectory(state, momentum, ahead, state, momentum, zero, zero, state.slope_of_setup, state)
 
 
-def _begin(state: State, key: Key, turns) -> _Trajectory:
-    """A trajectory of one state, with a new momentum and place among the `turns` + 1 that there will be."""
+def _begin(state: State, key: Key, most) -> _Trajectory:
+    """A trajectory of one state, with a new momentum and place among the `most` + 1 that there will be."""
     key_p, key_ahead = jax.random.split(key)
     momentum = jax.random.normal(key_p, state.xi.shape, state.xi.dtype)
-    return _at(state, momentum, jax.random.randint(key_ahead, (), 0, turns + 1, jnp.int32))
+    return _at(state, momentum, jax.random.randint(key_ahead, (), 0, most + 1, jnp.int32))
 
 
-def _extended(evaluate, path: _Trajectory, place, key: Key, n_steps) -> _Trajectory:
-    """The trajectory with its turn number `place`: on from its end, at last backwards from its start."""
+def _extended(evaluate, path: _Trajectory, place, key: Key, angle) -> _Trajectory:
+    """The trajectory with its step number `place`: on from its end, at last backwards from its start."""
     back = place == path.ahead
     origin = path.start, -path.momentum, jnp.zeros_like(path.log_weight)
     here, momentum, log_weight = _where(back, origin, (path.end, path.moved, path.log_weight))
-    new, moved, change = _quarter(evaluate, here, momentum, n_steps)
+    new, moved, change = _steps(evaluate, here, momentum, angle, 1)
     log_weight = jnp.where(jnp.isfinite(change), log_weight + change, -jnp.inf).astype(path.log_weight.dtype)
     log_total = jnp.logaddexp(path.log_total, log_weight)
     share = jnp.exp(log_weight - log_total)
@@ -163,10 +162,10 @@ def _where(condition, yes, no):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def _quarter(evaluate, state: State, momentum: Array, n_steps) -> tuple[State, Array, Array]:
-    """The state and the momentum after a quarter turn, and the energy lost: 2 `n_steps` gradients."""
+def _steps(evaluate, state: State, momentum: Array, angle, n_steps) -> tuple[State, Array, Array]:
+    """The state and the momentum after so many steps of an `angle`, and the energy lost: two gradients a step."""
     dtype = state.xi.dtype
-    step = jnp.asarray(QUARTER_TURN / n_steps, dtype)
+    step = jnp.asarray(angle, dtype)
 
     def half_step(i, carry):
         new, p = carry
@@ -197,7 +196,7 @@ def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0) -> tuple[
     """
     key_p, key_u = jax.random.split(key)
     momentum = jax.random.normal(key_p, state.xi.shape, state.xi.dtype)
-    new, _, change = _quarter(evaluate, state, momentum, n_steps)
+    new, _, change = _steps(evaluate, state, momentum, QUARTER_TURN / n_steps, n_steps)
     acceptance = jnp.where(jnp.isfinite(change), jnp.minimum(1.0, jnp.exp(change)), 0.0).astype(state.value.dtype)
     accepted = (jax.random.uniform(key_u, dtype=acceptance.dtype) < acceptance) | (change > -slack)
     return _where(accepted, new, state), new, acceptance

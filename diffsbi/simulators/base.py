@@ -183,8 +183,9 @@ class AbstractSimulator(eqx.Module):
             with_score: Also return the joint score in the coordinate `latents`.
             latents: Latent coordinate of the score.
             n_average: Exact posterior draws of the latents that the score is averaged over: less noise, the same mean;
-                each but the first takes 2 `n_steps` gradients.
-            n_steps: Steps between two of them; by default chosen once for `key` (`averaging_steps`).
+                each but the first takes two gradients.
+            n_steps: Of them in a quarter turn of the latents' trajectories, whose steps they are: the more, the nearer
+                to each other, and the likelier they are; by default chosen once for `key` (`averaging_steps`).
             keep_latents: Also return the (white) latents.
             start: Number of the first row: `draw(key, 5, start=10)` gives rows 10 to 14 of `draw(key, 15)`.
             batch_size: Most rows that are computed per call; by default what fits 64 MiB, at most 128.
@@ -220,7 +221,7 @@ class AbstractSimulator(eqx.Module):
         return Draws(*out, names=self.names)
 
     def averaging_steps(self, key: Key, latents: str = "white", batch_size: int | None = None) -> int:
-        """Steps of the chains of `draw(..., n_average=K)` with the most acceptance per gradient, on 16 prior draws.
+        """`n_steps` of `draw(..., n_average=K)`: steps are as long as acceptance pays for, on 16 prior draws.
 
         They depend on `key` and `latents` alone, and on no simulation that `draw` returns.
         """
