@@ -68,14 +68,14 @@ class Observation(_Section):
 class Simulations(_Section):
     """Training simulations, drawn from the prior.
 
-    Scores are taken in the latent coordinate `latents` and averaged over `n_average` draws of the latents; see
-    `AbstractSimulator.draw`.
+    Scores are taken in the latent coordinate `latents` and averaged over `n_average` states of a chain of the latents;
+    see `AbstractSimulator.draw`.
     """
 
     n: Count = 1000
     block_size: Count = 50
     latents: str = "whitened"
-    n_average: Count = 4
+    n_average: Count = 8
     keep_maps: bool = False
     max_nonfinite: Annotated[int, Field(ge=0)] = 0
 

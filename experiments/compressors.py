@@ -51,7 +51,7 @@ STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(MapConfig):
-    """`n_average`: draws of the latents in a score; `imnn_share`: of the n that are for derivatives; rest: training."""
+    """`n_average`: states of latents in a score; `imnn_share`: of the n that are for derivatives; rest: training."""
 
     compressors: tuple[str, ...] = LOSSES + OTHERS
     n: tuple[int, ...] = (250, 1000)
@@ -60,7 +60,7 @@ class Config(MapConfig):
     seeds: int = 3
     channels: tuple[int, ...] = (16, 32, 32)
     fold: int = 2
-    n_average: int = 4
+    n_average: int = 8
     epochs: int = 20
     learning_rate: float = 2e-3
     imnn_share: float = 0.4

@@ -3,7 +3,7 @@ r"""How noisy is a score, in which coordinate, and what does averaging over the 
 With N the covariance of the score's noise about the marginal score, C the posterior covariance of a converged chain at
 the fiducial and $F = C^{-1} -$ prior precision, the figure is noise over information, tr(CN) / tr(CF).
 The marginal score of a simulation is estimated twice, from two long chains of its latents: their own noise drops out of
-$(s - \bar s_a)(s - \bar s_b)^T$.
+$(s - \bar s_a)(s - \bar s_b)^T$, but for the states near the one that all of them start at, some per cent.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 
 import diffsbi as ds
 from diffsbi._files import load_npz, write_json, write_npz
+from diffsbi.runs import start_run
 from diffsbi.sampling import load_chains
 from diffsbi.simulators.averaging import average_score
 from experiments import command_line, sampling
@@ -42,6 +43,7 @@ PRESETS = {
 
 def main(cfg: Config, out: Path) -> None:
     """Run what is missing, write `noise.json`, print the table."""
+    start_run(out, {"name": "score_noise"} | dataclasses.asdict(cfg), ())
     rows = [row for n_pix, n in zip(cfg.n_pix, cfg.n, strict=True) for row in measure(cfg, n_pix, n, out)]
     write_json(out / "noise.json", dict(rows=rows))
     print(f"\n{'map':>6}  {'latents':10}{'averaged':>9}{'gradients':>10}{'ms':>7}   noise / information")
@@ -71,7 +73,7 @@ def measure(cfg: Config, n_pix: int, n: int, out: Path) -> list[dict]:
         )  # of which the mean is tr(C N)
         rows.append(
             dict(
-                n_pix=n_pix, latents=latents, n_average=int(k), gradients=2 * (int(k) - 1) + 1, n=n,
+                n_pix=n_pix, latents=latents, n_average=int(k), gradients=2 * int(k) - 1, n=n,
                 ratio=noise.mean() / information, error=noise.std(ddof=1) / np.sqrt(n) / information,
                 ms=float(np.median([s[f"ms_{name}"] for s in scores])),
             )

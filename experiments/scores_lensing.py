@@ -30,7 +30,7 @@ import numpy as np
 import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
-from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore, PathMode, ScoreFrame
+from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore, PathMode, ScoreChange, ScoreFrame
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import (
@@ -67,6 +67,8 @@ STAGES = (
 class Config(MapConfig):
     """`summary`: one of `SUMMARIES`; `turns` of "marginal_score", "score_frame", and "path_mode" at up to `n_points`.
 
+    `change`: of the score along w_0 as well, behind the numbers of "score_frame".
+
     `proposal`: one of `PROPOSALS`; a "path" has `n_points` points. `scores`: latents, averaged draws.
 
     The first `n_scored` simulations of each seed have scores; all `n_reference` of the summaries' own fit have none.
@@ -74,6 +76,7 @@ class Config(MapConfig):
 
     summary: str = "statistics"
     turns: int = 12
+    change: bool = False
     n_points: int = 72
     proposal: str = "spectrum"
     n: tuple[int, ...] = (25, 50, 100, 200, 400, 600, 1000, 2000)
@@ -268,6 +271,8 @@ def _summary_of_maps(cfg: Config, sim, proposal, run, x):
         return MarginalScore(sim, centre, n_turns=cfg.turns).many
     if cfg.summary == "score_frame":
         at, draws = functools.partial(MarginalScore, sim, n_turns=cfg.turns), load_npz(run.path("paths", "draws.npz"))
+        if cfg.change:
+            at = functools.partial(ScoreChange, at, sim, step=proposal.along("w_0"))
         return ScoreFrame(at, sim, centre, x, draws["theta"]).many
     if cfg.summary == "field_mode":
         return GaussianFieldMode(sim).many

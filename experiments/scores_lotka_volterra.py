@@ -78,7 +78,7 @@ PRESETS = {
     "paper": Config(),
     "narrow": Config(seeds=5, proposals=("narrow",)),
     "logs": Config(
-        summary="logs", seeds=5, proposals=("narrow", "wide"), scores=("white", "laplace"), members=4, coverage_n=()
+        summary="logs", seeds=5, proposals=("narrow", "wide"), members=4, coverage_n=()
     ),
 }  # fmt: skip
 

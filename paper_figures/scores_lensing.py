@@ -7,7 +7,7 @@ from diffsbi._files import load_npz, read_json
 from paper_figures import command_line, compared, coverage, mean_points
 
 TITLES = {"none": "no score", "white_1": "white", "whitened_1": "whitened"}
-TITLES |= {f"whitened_{k}": f"whitened, mean of {k}" for k in (4, 8)}
+TITLES |= {f"whitened_{k}": f"whitened, mean of {k}" for k in range(2, 33)}
 
 
 def draw(runs: Path) -> dict[str, plotting.Figure]:

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import invwishart
 
 import diffsbi as ds
-from diffsbi.compression import GaussianFieldMode, LaplaceMode, MarginalScore, ScoreFrame
+from diffsbi.compression import GaussianFieldMode, LaplaceMode, MarginalScore, ScoreChange, ScoreFrame
 from diffsbi.inference import NPE, LocalFrame, load_posterior, pack_frame
 from diffsbi.inference.frames import (
     FARTHEST,
@@ -491,6 +491,10 @@ def test_a_posterior_moves_with_the_scores_as_the_exact_one_does():
     np.testing.assert_allclose(
         jax.jit(lambda x: frame(x))(x[2]), frame(x[2]), rtol=1e-5, atol=1e-5
     )  # as `rounds` calls it
+    at = functools.partial(ScoreChange, functools.partial(MarginalScore, sim, n_turns=4), sim, step=jnp.ones(2))
+    more = ScoreFrame(at, sim, sim.fiducial, x[0], draws)(x[3])
+    np.testing.assert_allclose(more[:5], frame(x[3]), rtol=1e-6)
+    np.testing.assert_array_equal(more[5:], at(sim.fiducial)(x[3])[2:])
     with pytest.raises(ValueError, match="finite score of the observation"):
         ScoreFrame(functools.partial(MarginalScore, sim), sim, sim.fiducial, x[0] * jnp.nan, draws)
     with pytest.raises(ValueError, match="theta with at least 4 draws"):

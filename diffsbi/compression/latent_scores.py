@@ -246,10 +246,12 @@ class ScoreFrame(eqx.Module):
     $x \to N(m + C J^T (s(x) - s(x_o)), C)$ in the prior's unconstrained space, with m and C the moments of draws of the
     posterior of $x_o$, s scores at $\theta_0$ and $J = \partial\theta/\partial u$ there: a step of Newton's method with
     the curvature at $x_o$. What all scores have in common, as the bias of short chains, cancels. From there
-    `NPE(sim, framed=True)` learns, from simulations of about the same place, what is wrong with it.
+    `NPE(sim, framed=True)` learns, from simulations of about the same place, what is wrong with it: widths, where the
+    curvature at x is another. Numbers that tell it may follow the score, and are then passed on behind the frame's:
+    with `at=functools.partial(ScoreChange, at, sim, step=step)` the change of the score along a direction.
 
     Args:
-        at: theta → score of one data set, as `functools.partial(MarginalScore, sim)`.
+        at: theta → score of one data set, as `functools.partial(MarginalScore, sim)`, or numbers that begin with it.
         prior: A `Prior`, or anything with a `prior` (a simulator).
         theta0: Where scores are taken.
         x: The observation.
@@ -277,12 +279,14 @@ class ScoreFrame(eqx.Module):
         self.mean, self.root, self.gain = (jnp.asarray(a, jnp.result_type(float)) for a in moments)
         self.score = at(theta0)
         self.shape = tuple(np.shape(x))
-        self.observed = self.score(jnp.asarray(x, jnp.result_type(float)))
+        self.observed = self.score(jnp.asarray(x, jnp.result_type(float)))[: prior.dim]
         check_finite("score of the observation", self.observed)
 
     def __call__(self, x: Array) -> Float[Array, " k"]:
         """The numbers of the normal of one data set."""
-        return pack_frame(self.mean + self.gain @ (self.score(x) - self.observed), self.root)
+        numbers = self.score(x)
+        score, more = numbers[: len(self.mean)], numbers[len(self.mean) :]
+        return jnp.concatenate([pack_frame(self.mean + self.gain @ (score - self.observed), self.root), more])
 
     def many(self, x, *, progress: bool = False) -> Float[Array, "n k"]:
         """Those of every row of `x`."""

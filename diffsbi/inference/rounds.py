@@ -108,7 +108,7 @@ def rounds(
             (without `proposal`, the fiducial), then of the posterior's.
         with_score: Whether the scores are used.
         latents: Latent coordinate of the scores; by default "whitened" where the simulator offers it.
-        n_average: Draws of the latents that a score is averaged over.
+        n_average: States of a chain of the latents that a score is averaged over.
         n_samples: Posterior draws after each round, by which its motion is measured.
         tolerance: Stop when no mean moves by more than this many widths, and no width by more than this fraction.
         fit: Keywords of `Estimator.fit`.

@@ -85,7 +85,7 @@ def truncated_marginals(
         summary: Data of one simulation → `(d,)`; by default the flattened data.
         with_score: Whether scores are used.
         latents: Latent coordinate of the scores; by default "whitened" where the simulator offers it.
-        n_average: Draws of the latents that a score is averaged over.
+        n_average: States of a chain of the latents that a score is averaged over.
         threshold: Likelihood ratio to the best value below which a parameter's value is left out.
         shrink: Stop when a round leaves more than this fraction of the box's prior mass.
         options: Keywords of `NRE`.

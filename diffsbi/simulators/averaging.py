@@ -74,9 +74,10 @@ def average_score(
     chain starts is drawn: each place is equally likely, and the other states are before and after it. Given the
     trajectory, the start was its state k with probability $w_k \propto e^{-H_k}$ (multinomial Hamiltonian Monte Carlo:
     Betancourt 2017, arXiv:1701.02434), so $\sum_k w_k s_k$ is unbiased whatever the step. Scores odd in $\xi$ cancel
-    between opposite states, which those of independent momenta would only average; what is even gets half the noise
-    from a quarter turn and no less from more of it. The next trajectory, with a new momentum, starts at a state drawn
-    by these weights; trajectories count by their numbers of states.
+    between opposite states (K > 2 `n_steps`), which those of independent momenta would only average; the noise of
+    quadratic ones is halved after a quarter turn and no less after more of it. The next trajectory, with a new
+    momentum, starts at a state drawn by these weights; trajectories count by their numbers of states. Best is K =
+    4 `n_steps`, once around, or that with whole trajectories of 4 `n_steps` - 1 more.
 
     Args:
         sim: Any simulator of the protocol.
@@ -86,7 +87,7 @@ def average_score(
         key: Momenta and choices.
         latents: The coordinate, of the chain and of the score.
         n_average: K, the simulation's own state included; at least 2.
-        n_steps: Steps of a quarter turn; a trajectory has up to four times as many states.
+        n_steps: Steps of a quarter turn; once around are four times as many states.
 
     Returns:
         The average `(p,)` and the mean of min(1, $e^{H - H'}$), H at the start of a trajectory and H' at another of its
@@ -100,10 +101,10 @@ def average_score(
 
     def step(k, carry):
         path, total, count, acceptance = carry
-        place, key_k = (k - 1) % once_around, jax.random.fold_in(key, k)
+        place, (key_begin, key_choice) = (k - 1) % once_around, jax.random.split(jax.random.fold_in(key, k))
         most = jnp.minimum(once_around, n_average - k)  # steps of a trajectory that starts here
-        path = jax.lax.cond(place == 0, lambda: _begin(path.chosen, key_k, most), lambda: path)
-        path = _extended(evaluate, path, place, jax.random.fold_in(key_k, 1), QUARTER_TURN / n_steps)
+        path = jax.lax.cond(place == 0, lambda: _begin(path.chosen, key_begin, most), lambda: path)
+        path = _extended(evaluate, path, place, key_choice, QUARTER_TURN / n_steps)
         states = jnp.where((place == once_around - 1) | (k == n_average - 1), place + 2, 0)  # none before its end
         total = jax.tree.map(lambda a, mean: a + states * mean, total, path.mean)
         return path, total, count + states, acceptance + jnp.minimum(1.0, jnp.exp(path.log_weight))
@@ -144,7 +145,7 @@ def _begin(state: State, key: Key, most) -> _Trajectory:
 
 
 def _extended(evaluate, path: _Trajectory, place, key: Key, angle) -> _Trajectory:
-    """The trajectory with its step number `place`: on from its end, at last backwards from its start."""
+    """The trajectory with its step number `place`: on from its end, then backwards from its start."""
     back = place == path.ahead
     origin = path.start, -path.momentum, jnp.zeros_like(path.log_weight)
     here, momentum, log_weight = _where(back, origin, (path.end, path.moved, path.log_weight))
@@ -153,7 +154,7 @@ def _extended(evaluate, path: _Trajectory, place, key: Key, angle) -> _Trajector
     log_total = jnp.logaddexp(path.log_total, log_weight)
     share = jnp.exp(log_weight - log_total)
     counted = _where(share > 0, new.slope_of_setup, path.mean)  # lest zero times what is not finite
-    mean = jax.tree.map(lambda m, s: m + share * (s - m), path.mean, counted)
+    mean = jax.tree.map(lambda m, s: (m + share * (s - m)).astype(m.dtype), path.mean, counted)
     chosen = _where(jax.random.uniform(key, dtype=share.dtype) < share, new, path.chosen)
     return path._replace(end=new, moved=moved, log_weight=log_weight, log_total=log_total, mean=mean, chosen=chosen)
 

@@ -127,7 +127,7 @@ class AbstractSimulator(eqx.Module):
         with_prior: bool = False,
         latents: str = "white",
         n_average: int = 1,
-        n_steps: int = 4,
+        n_steps: int = 2,
         key: Key | None = None,
     ) -> Float[Array, " p"]:
         r"""The joint score $\nabla_\theta \log p(x, \xi | \theta)$ of ONE draw (prior's gradient added on request).
@@ -135,7 +135,7 @@ class AbstractSimulator(eqx.Module):
         `z` is the draw's own (white) latent; it is moved to the coordinate `latents` before the gradient is
         taken at fixed $\xi$. In every coordinate its mean given (theta, x) is the marginal score
         $\nabla_\theta \log p(x | \theta)$; its variance differs. With `n_average` > 1 it is averaged over as many
-        exact posterior draws of the latents (`averaging.average_score`), which `key` draws.
+        states of a chain of the latents (`averaging.average_score`), which `key` draws.
         """
         check_trailing("theta", theta, (self.prior.dim,))
         _check_average(n_average, n_steps)
@@ -182,10 +182,10 @@ class AbstractSimulator(eqx.Module):
             theta: None to draw from the prior, else one parameter vector `(p,)` or one for each row `(n, p)`.
             with_score: Also return the joint score in the coordinate `latents`.
             latents: Latent coordinate of the score.
-            n_average: Exact posterior draws of the latents that the score is averaged over: less noise, the same mean;
+            n_average: States of a chain of the latents that the score is averaged over: less noise, the same mean;
                 each but the first takes two gradients.
-            n_steps: Of them in a quarter turn of the latents' trajectories, whose steps they are: the more, the nearer
-                to each other, and the likelier they are; by default chosen once for `key` (`averaging_steps`).
+            n_steps: Steps in a quarter turn of their trajectories, by default chosen once for `key`
+                (`averaging_steps`): more are shorter, and lead to likelier states. 4 `n_steps` states are once around.
             keep_latents: Also return the (white) latents.
             start: Number of the first row: `draw(key, 5, start=10)` gives rows 10 to 14 of `draw(key, 15)`.
             batch_size: Most rows that are computed per call; by default what fits 64 MiB, at most 128.
@@ -214,8 +214,9 @@ class AbstractSimulator(eqx.Module):
         *out, acceptance = jax.tree.map(lambda *b: jnp.asarray(np.concatenate(b)), *blocks)
         if jnp.mean(acceptance) < LOW_ACCEPTANCE:
             warnings.warn(
-                f"The chains of latents accepted {jnp.mean(acceptance):.0%} of their steps: the scores are unbiased "
-                f"but hardly less noise. Try more steps than n_steps={n_steps}, or other latents than {latents!r}.",
+                f"The states of the latents' chains have {jnp.mean(acceptance):.0%} of the weight of their start: the "
+                f"scores are unbiased but have hardly less noise. Try more steps than n_steps={n_steps}, or other "
+                f"latents than {latents!r}.",
                 stacklevel=3,
             )
         return Draws(*out, names=self.names)
