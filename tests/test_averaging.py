@@ -60,6 +60,30 @@ def test_the_average_is_unbiased_given_the_data_for_every_step(x64, n_average, n
         assert np.abs(t_values(own * weight)).max() < 4.5
 
 
+class Noise(AbstractSimulator):
+    """Two latents seen in noise of unknown width: scores are quadratic, and those of wrong latents far too large."""
+
+    prior: Prior = Prior({"log_noise": dist.Normal(-0.6, 0.2)})
+
+    def latents(self, theta):
+        return dist.Normal(jnp.zeros(2), 1.0).to_event(1)
+
+    def likelihood(self, theta, z):
+        return dist.Normal(z, jnp.exp(theta[0])).to_event(1)
+
+    def marginal_score(self, theta, x):
+        return jax.grad(lambda t: dist.Normal(0.0, jnp.sqrt(1 + jnp.exp(2 * t[0]))).log_prob(x).sum())(theta)
+
+
+@pytest.mark.parametrize("n_average, n_steps", [(7, 1), (10, 1), (20, 2)])
+def test_every_trajectory_starts_in_equilibrium(x64, n_average, n_steps):
+    sim = Noise()
+    rows, draws = residuals(sim, 4000, n_average, n_steps, sim.marginal_score, jnp.asarray([-0.6]))
+    own = np.asarray(draws.score - sim.draw(jax.random.key(1), 4000, draws.theta).score)
+    assert np.abs(t_values(rows)).max() < 4.5
+    assert np.abs(t_values(own)).max() < 4.5
+
+
 def test_without_the_weights_the_mean_would_be_wrong(x64, monkeypatch):
     inner = averaging._steps
     monkeypatch.setattr(averaging, "_steps", lambda *given: (*inner(*given)[:2], jnp.zeros(())))
