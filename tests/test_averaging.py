@@ -118,9 +118,9 @@ def test_a_trajectory_is_the_same_from_each_of_its_states(x64):
     key, angle, most = jax.random.key(1), 0.08, 5
 
     def mean_from(start, momentum, ahead):
-        path = averaging._at(start, momentum, ahead)
+        path = averaging._at(start, momentum, most, ahead)
         for place in range(most):
-            path = averaging._extended(evaluate, path, place, key, angle)
+            path = averaging._extended(evaluate, path, place, True, key, angle)
         return path.mean
 
     state, momentum = evaluate(z), 0.7 * jnp.ones(1)
@@ -131,8 +131,11 @@ def test_a_trajectory_is_the_same_from_each_of_its_states(x64):
         found = mean_from(state, momentum, most - before)
         np.testing.assert_allclose(found, expected, rtol=1e-9)
     assert np.ptp(np.stack(values), 0).min() > 0.05
-    ahead = [int(averaging._begin(state, jax.random.key(k), 2).ahead) for k in range(300)]
+    begin = jax.jit(lambda k, n_steps: averaging._begin(state, jax.random.key(k), 2, n_steps).ahead)
+    ahead = [int(begin(k, 1)) for k in range(300)]
     np.testing.assert_allclose(np.bincount(ahead, minlength=3), 100, atol=4 * np.sqrt(300 * 2 / 9))
+    ahead = [int(begin(k, 2)) for k in range(300)]  # a quarter turn: one of its ends
+    np.testing.assert_allclose(np.bincount(ahead, minlength=3), [150, 0, 150], atol=4 * np.sqrt(300 / 4))
 
 
 def test_more_draws_less_noise(x64):
@@ -155,14 +158,14 @@ def test_exact_in_the_whitened_coordinate_of_a_linear_simulator(x64):
 def test_noise_of_a_linear_simulator_in_white_cancels_along_trajectories(x64):
     """The scores are linear in latents that are nearly normal (B is small).
 
-    Those of K states of one trajectory add up to |sum_k e^(ik pi/4)|^2 / K^2 of the noise of one; for K = 10 it is that
-    of a second trajectory, of three states.
+    Those of K states of one trajectory add up to |sum_k e^(ik pi/4)|^2 / K^2 of the noise of one, the ends alone to a
+    half for K = 3; for K = 10 it is that of a second trajectory, of three states.
     """
     sim = linear_gaussian(dim=2, n_latents=2, n_data=4, seed=3)
     sim = type(sim)(sim.prior, sim.loc, sim.scale, sim.design, 0.1 * sim.mixing, sim.noise)
-    noise = {k: residuals(sim, 4000, k, 2, sim.marginal_score)[0] for k in (1, 2, 4, 8, 10)}
-    shares = {k: np.abs(np.exp(0.25j * np.pi * np.arange(k)).mean()) ** 2 for k in (2, 3, 4, 8)}
-    shares[10] = (3 / 11) ** 2 * shares.pop(3)
+    noise = {k: residuals(sim, 4000, k, 2, sim.marginal_score)[0] for k in (1, 2, 3, 4, 8, 10)}
+    shares = {k: np.abs(np.exp(0.25j * np.pi * np.arange(k)).mean()) ** 2 for k in (2, 4, 8)} | {3: 0.5}
+    shares[10] = (3 / 11) ** 2 * 0.5
     for k, share in shares.items():
         ratio = noise[k].var(0) / noise[1].var(0)
         np.testing.assert_allclose(ratio, share, atol=4 * share * np.sqrt(4 / 4000) + 0.005)

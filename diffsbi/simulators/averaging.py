@@ -73,7 +73,8 @@ def average_score(
     The states are the ends of all steps of a trajectory about a standard normal, at most once around. Where on it the
     chain starts is drawn: each place is equally likely, and the other states are before and after it. Given the
     trajectory, the start was its state k with probability $w_k \propto e^{-H_k}$ (multinomial Hamiltonian Monte Carlo:
-    Betancourt 2017, arXiv:1701.02434), so $\sum_k w_k s_k$ is unbiased whatever the step. Scores odd in $\xi$ cancel
+    Betancourt 2017, arXiv:1701.02434), so $\sum_k w_k s_k$ is unbiased whatever the step. Up to a quarter turn it
+    starts at one of the two ends, and they alone count: what is between is too like them. Scores odd in $\xi$ cancel
     between opposite states (K > 2 `n_steps`), which those of independent momenta would only average; the noise of
     quadratic ones is halved after a quarter turn and no less after more of it. The next trajectory, with a new
     momentum, starts at a state drawn by these weights; trajectories count by their numbers of states. Best is K =
@@ -103,15 +104,16 @@ def average_score(
         path, total, count, acceptance = carry
         place, (key_begin, key_choice) = (k - 1) % once_around, jax.random.split(jax.random.fold_in(key, k))
         most = jnp.minimum(once_around, n_average - k)  # steps of a trajectory that starts here
-        path = jax.lax.cond(place == 0, lambda: _begin(path.chosen, key_begin, most), lambda: path)
-        path = _extended(evaluate, path, place, key_choice, QUARTER_TURN / n_steps)
-        states = jnp.where((place == once_around - 1) | (k == n_average - 1), place + 2, 0)  # none before its end
+        path = jax.lax.cond(place == 0, lambda: _begin(path.chosen, key_begin, most, n_steps), lambda: path)
+        counts = (path.most > n_steps) | (place + 1 == path.most)
+        path = _extended(evaluate, path, place, counts, key_choice, QUARTER_TURN / n_steps)
+        states = jnp.where(place + 1 == path.most, place + 2, 0)  # none before its end
         total = jax.tree.map(lambda a, mean: a + states * mean, total, path.mean)
         return path, total, count + states, acceptance + jnp.minimum(1.0, jnp.exp(path.log_weight))
 
     first = evaluate(xi)
     zero = jax.tree.map(jnp.zeros_like, first.slope_of_setup)
-    start = (_at(first, jnp.zeros_like(xi), 0), zero, 0, jnp.zeros_like(first.value))
+    start = (_at(first, jnp.zeros_like(xi), 0, 0), zero, 0, jnp.zeros_like(first.value))
     _, total, count, acceptance = jax.lax.fori_loop(1, n_average, step, start)
     (score,) = pull_back(jax.tree.map(lambda a: a / count, total))
     return score, acceptance / (n_average - 1)
@@ -122,7 +124,8 @@ class _Trajectory(NamedTuple):
 
     start: State
     momentum: Array
-    ahead: Array  # steps after the start; the others are before it
+    most: Array  # steps that there will be
+    ahead: Array  # of them after the start; the others are before it
     end: State
     moved: Array  # momentum at the end
     log_weight: Array  # of the end, that of the start is zero
@@ -131,30 +134,32 @@ class _Trajectory(NamedTuple):
     chosen: State
 
 
-def _at(state: State, momentum: Array, ahead) -> _Trajectory:
+def _at(state: State, momentum: Array, most, ahead) -> _Trajectory:
     zero = jnp.zeros_like(state.value)
-    ahead = jnp.asarray(ahead, jnp.int32)
-    return _Trajectory(state, momentum, ahead, state, momentum, zero, zero, state.slope_of_setup, state)
+    most, ahead = jnp.asarray(most, jnp.int32), jnp.asarray(ahead, jnp.int32)
+    return _Trajectory(state, momentum, most, ahead, state, momentum, zero, zero, state.slope_of_setup, state)
 
 
-def _begin(state: State, key: Key, most) -> _Trajectory:
+def _begin(state: State, key: Key, most, n_steps) -> _Trajectory:
     """A trajectory of one state, with a new momentum and place among the `most` + 1 that there will be."""
     key_p, key_ahead = jax.random.split(key)
     momentum = jax.random.normal(key_p, state.xi.shape, state.xi.dtype)
-    return _at(state, momentum, jax.random.randint(key_ahead, (), 0, most + 1, jnp.int32))
+    ahead = jax.random.randint(key_ahead, (), 0, jnp.where(most > n_steps, most, 1) + 1, jnp.int32)
+    return _at(state, momentum, most, jnp.where(most > n_steps, ahead, most * ahead))
 
 
-def _extended(evaluate, path: _Trajectory, place, key: Key, angle) -> _Trajectory:
+def _extended(evaluate, path: _Trajectory, place, counts, key: Key, angle) -> _Trajectory:
     """The trajectory with its step number `place`: on from its end, then backwards from its start."""
     back = place == path.ahead
     origin = path.start, -path.momentum, jnp.zeros_like(path.log_weight)
     here, momentum, log_weight = _where(back, origin, (path.end, path.moved, path.log_weight))
     new, moved, change = _steps(evaluate, here, momentum, angle, 1)
     log_weight = jnp.where(jnp.isfinite(change), log_weight + change, -jnp.inf).astype(path.log_weight.dtype)
-    log_total = jnp.logaddexp(path.log_total, log_weight)
-    share = jnp.exp(log_weight - log_total)
-    counted = _where(share > 0, new.slope_of_setup, path.mean)  # lest zero times what is not finite
-    mean = jax.tree.map(lambda m, s: (m + share * (s - m)).astype(m.dtype), path.mean, counted)
+    counted = jnp.where(counts, log_weight, -jnp.inf)
+    log_total = jnp.logaddexp(path.log_total, counted)
+    share = jnp.exp(counted - log_total)
+    score = _where(share > 0, new.slope_of_setup, path.mean)  # lest zero times what is not finite
+    mean = jax.tree.map(lambda m, s: (m + share * (s - m)).astype(m.dtype), path.mean, score)
     chosen = _where(jax.random.uniform(key, dtype=share.dtype) < share, new, path.chosen)
     return path._replace(end=new, moved=moved, log_weight=log_weight, log_total=log_total, mean=mean, chosen=chosen)
 
