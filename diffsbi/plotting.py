@@ -10,15 +10,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 LABELS = {
-    "omega_c": r"\Omega_c",
-    "omega_b": r"\Omega_b",
-    "sigma_8": r"\sigma_8",
-    "h_0": "h",
-    **{name: name for name in ("n_s", "w_0")},
-    **{name: rf"\{name}" for name in ("alpha", "beta", "gamma", "delta")},
-}
+    "omega_c": r"\Omega_c", "omega_b": r"\Omega_b", "sigma_8": r"\sigma_8", "h_0": "h", "n_s": "n_s", "w_0": "w_0",
+    "alpha": r"\alpha", "beta": r"\beta", "gamma": r"\gamma", "delta": r"\delta",
+}  # fmt: skip
 # Okabe and Ito's colours: told apart by colour-blind readers and in print.
 COLORS = {
     "full_field": "#666666",
@@ -208,6 +205,9 @@ def curves(
         for k, (name, level) in enumerate(levels.items()):
             axis.axhline(level, color="0.4", lw=0.8, ls=("--", ":", "-.")[k % 3], label=name)
         axis.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
+        if log_y:
+            locate = LogLocator(subs=(1, 2, 5))
+            axis.yaxis.set(major_locator=locate, major_formatter="{x:g}", minor_formatter=NullFormatter())
         figure.legend(loc="outside upper center", ncols=3) if ticks or len([*names, *levels]) > 6 else axis.legend()
         places = list(range(len(ticks))) or sorted({row[1] for row in rows})
         if ticks or (log_x and len(places) < 10 and all(b > 1.1 * a for a, b in zip(places, places[1:], strict=False))):

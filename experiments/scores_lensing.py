@@ -157,6 +157,8 @@ def main(cfg: Config, out: Path) -> None:
         raise ValueError(f"Expected a proposal among {PROPOSALS}; got {cfg.proposal!r}.")
     if cfg.summary == "score_frame" and cfg.proposal != "path":
         raise ValueError(f"Expected proposal 'path' with summary 'score_frame'; got {cfg.proposal!r}.")
+    if cfg.change and cfg.summary != "score_frame":
+        raise ValueError(f"Expected summary 'score_frame' with change=True; got {cfg.summary!r}.")
     if cfg.summary not in SUMMARIES:
         raise ValueError(f"Expected a summary among {SUMMARIES}; got {cfg.summary!r}.")
     if cfg.summary in FRAMES and cfg.estimators != ("NPE",):

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from matplotlib.ticker import LogLocator, NullFormatter
-
 from diffsbi import plotting
 from diffsbi._files import read_json
 from paper_figures import command_line
@@ -12,12 +10,7 @@ from paper_figures import command_line
 def draw(runs: Path) -> plotting.Figure:
     rows = read_json(runs / "score_noise" / "noise.json")["rows"]
     points = [(f"{row['latents']}, {row['n_pix']}²", row["gradients"], row["ratio"], row["error"]) for row in rows]
-    figure = plotting.curves(points, "gradients per simulation", "noise / information of the score", {"target": 0.5})
-    axis = figure.axes[0].yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-    return figure
+    return plotting.curves(points, "gradients per simulation", "noise / information of the score", {"target": 0.5})
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_without_the_weights_the_mean_would_be_wrong(x64, monkeypatch):
 
 
 def test_trajectories_are_as_long_as_states_are_asked_for(x64, monkeypatch):
-    """Once around has eight states at two steps a quarter turn: of eleven gradients the last is alone."""
+    """Once around are seven steps at two a quarter turn; the other two of nine are of a second trajectory."""
     begun, inner = [], averaging._begin
     monkeypatch.setattr(averaging, "_begin", lambda *given: (begun.append(int(given[2])), inner(*given))[1])
     sim = Stars()

@@ -1,4 +1,4 @@
-r"""Scores with little noise: the joint score averaged over exact posterior draws of the latents."""
+r"""Scores with little noise: the joint score averaged over states of exact chains on the latents."""
 
 import functools
 import math
@@ -52,7 +52,7 @@ def evaluator(sim, x: Array, latents: str) -> Callable[[Any, Array], State]:
 
 
 def best_steps(acceptance_with: Callable[[int], float], most: int = 12) -> int:
-    """Steps of a trajectory with the most acceptance per gradient: more are tried while they could still be better."""
+    """Steps of a quarter turn with the most acceptance for their number: more are tried while they could be better."""
     best, steps = 0.0, 1
     for n_steps in range(1, most + 1):
         if 1 / n_steps <= best:
