@@ -1,5 +1,6 @@
-"""JAX's persistent compilation cache, on by default: the second start of a script does not compile again."""
+"""Compiled programs: kept on disk, so that the second start of a script does not compile again; few in memory."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -25,3 +26,29 @@ def enable() -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+_MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+_left = [0]  # maps after the last time
+
+
+def forget_when_many(share: float = 0.5) -> bool:
+    """Drop JAX's compiled programs where they fill this share of the memory maps that Linux grants a process.
+
+    XLA maps several pages for each program and keeps them: some two thousand maps for each new number of rows that is
+    fitted and sampled. At the limit (vm.max_map_count, 65 530) LLVM ends the process, which no one can catch. What is
+    still wanted comes back from the cache on disk. Where other things fill the maps, nothing is dropped again and
+    again.
+
+    Returns:
+        Whether anything was dropped; never where there is no /proc.
+    """
+    if not (_MAPS.exists() and _MOST_MAPS.exists()):
+        return False
+    limit = share * int(_MOST_MAPS.read_text())
+    if _MAPS.read_bytes().count(b"\n") < max(limit, _left[0] + limit / 4):
+        return False
+    jax.clear_caches()
+    gc.collect()
+    _left[0] = _MAPS.read_bytes().count(b"\n")
+    return True

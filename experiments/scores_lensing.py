@@ -76,6 +76,7 @@ class Config(MapConfig):
 
     summary: str = "statistics"
     turns: int = 12
+    steps: int = 4
     change: bool = False
     n_points: int = 72
     proposal: str = "spectrum"
@@ -270,12 +271,12 @@ def _summary(cfg: Config, sim, proposal, run, x):
 def _summary_of_maps(cfg: Config, sim, proposal, run, x):
     centre = sim.fiducial if proposal is None else sim.prior.from_unconstrained(proposal.loc)
     if cfg.summary == "marginal_score":
-        return MarginalScore(sim, centre, n_turns=cfg.turns).many
+        return MarginalScore(sim, centre, n_turns=cfg.turns, n_steps=cfg.steps).many
     if cfg.summary == "score_frame":
-        at, draws = functools.partial(MarginalScore, sim, n_turns=cfg.turns), load_npz(run.path("paths", "draws.npz"))
+        at = functools.partial(MarginalScore, sim, n_turns=cfg.turns, n_steps=cfg.steps)
         if cfg.change:
             at = functools.partial(ScoreChange, at, sim, step=proposal.along("w_0"))
-        return ScoreFrame(at, sim, centre, x, draws["theta"]).many
+        return ScoreFrame(at, sim, centre, x, load_npz(run.path("paths", "draws.npz"))["theta"]).many
     if cfg.summary == "field_mode":
         return GaussianFieldMode(sim).many
     if cfg.summary == "latent_scores":

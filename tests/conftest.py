@@ -1,7 +1,6 @@
 """Fixtures shared by every room's tests."""
 
 import functools
-import gc
 import itertools
 import os
 import threading
@@ -27,6 +26,7 @@ if jax.config.jax_compilation_cache_dir is None and "DIFFSBI_CACHE" not in os.en
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 import diffsbi as ds  # noqa: E402  (it would choose another cache)
+from diffsbi._cache import forget_when_many  # noqa: E402
 
 if version("jax").startswith("0.10."):
     from jax._src.interpreters import mlir
@@ -55,16 +55,9 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def few_memory_maps():
-    """Drop compiled functions before they fill the table of memory maps.
-
-    XLA maps several pages for each function that it compiles and keeps them; a process that runs this whole suite
-    passes Linux' limit (vm.max_map_count, 65 530) and then dies of a segmentation fault in whatever compiles next.
-    """
+    """Drop compiled functions long before they fill the table of memory maps; some tests compile a great many."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
-        jax.clear_caches()
-        gc.collect()
+    forget_when_many(0.38)
 
 
 @pytest.fixture

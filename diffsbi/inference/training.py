@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+from diffsbi._cache import forget_when_many
 from diffsbi._types import Array, Key, check_key, check_names
 from diffsbi.inference.memory import explained, is_out_of_memory
 
@@ -128,6 +129,7 @@ def fit(
     check_names([keep], ["best", "last"], "keep")
     if not 0 <= average < 1:
         raise ValueError(f"Expected 0 <= average < 1; got {average}.")
+    forget_when_many()
     params, static = eqx.partition(model, eqx.is_inexact_array)
     rows_of = train if callable(train) else lambda done: train
     rows = rows_of(0)

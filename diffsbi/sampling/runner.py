@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsbi._cache import forget_when_many
 from diffsbi._types import Array, Key, check_key
 from diffsbi.sampling.blocks import START, BlockStore, array_digest
 from diffsbi.sampling.chains import Chains
@@ -172,6 +173,7 @@ def sample(
     data = jax.tree.map(jnp.asarray, data)
     if data is not None:
         _check_data(data, n_chains, until_ess)
+    forget_when_many()
     program = _Program(kernel, extract or _whole(init), track, block)
     names = _names(names, program.extract, init)
     groups = [[c] for c in range(n_chains)] if chain_method == "sequential" else [list(range(n_chains))]
