@@ -105,9 +105,7 @@ PRESETS = {
     # 64² with the quiet scores alone, up to 400 simulations.
     "short": Config(n=(50, 100, 200, 400), n_scored=400, scores=(("whitened", 8),), n_reference=8000),
     # 64², compressed by gradients alone: no simulation but those of the fits.
-    "latent_scores": Config(
-        summary="latent_scores", n=(25, 50, 100, 200, 400), n_scored=400, n_reference=4000, coverage_n=(100,)
-    ),
+    "latent_scores": Config(summary="latent_scores", n_reference=4000, coverage_n=(100,)),
     # 64², parameters from the whole prior, NPE in each map's own frame.
     "prior_frames": Config(
         summary="field_mode", proposal="prior", n=(25, 50, 100, 200, 400), n_scored=200, estimators=("NPE",),
@@ -146,8 +144,9 @@ PRESETS = {
         estimators=("NPE",), n_reference=1500, coverage_n=(100,), members=2,
     ),
     "large_path_frames": Config(
-        n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100),
-        n_scored=100, estimators=("NPE",), n_reference=80, coverage_n=(100,), n_coverage=80, ess=1000.0, members=2,
+        n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, steps=8,
+        n=(25, 50, 100), n_scored=100, estimators=("NPE",), n_reference=80, coverage_n=(100,), n_coverage=80,
+        ess=1000.0, members=2,
     ),
 }  # fmt: skip
 

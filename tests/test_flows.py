@@ -167,10 +167,19 @@ def test_table_names_what_is_not_smooth():
     ({"dim": 2, "layers": 0}, "layers >= 1; got 0"),
     ({"dim": 2, "kind": "autoregresive"}, "Did you mean 'autoregressive'"),
     ({"dim": 2, "ramps": 0}, "at least one ramp; got 0"),
+    ({"dim": 2, "activation": "tahn"}, "Did you mean 'tanh'"),
 ])  # fmt: skip
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         FLOWS["smooth"](jax.random.key(0), **options)
+
+
+def test_activation_is_that_of_the_conditioners():
+    """With bounded units a density of far-off conditions stays what it is farther out; silu's goes on to change."""
+    for activation, settles in [("tanh", True), ("silu", False)]:
+        flow = FLOWS["smooth"](jax.random.key(0), 2, 1, activation=activation, **SMALL, layers=1)
+        far, farther = (float(flow.log_prob(jnp.zeros(2), jnp.full(1, c))) for c in (300.0, 3000.0))
+        assert (abs(far - farther) < 1e-3 * abs(far)) == settles
 
 
 # The transformer itself

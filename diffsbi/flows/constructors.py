@@ -44,7 +44,7 @@ def smooth_flow(
     depth: int = 2,
     ramps: int = 8,
     kind: str = "autoregressive",
-    activation: str = "tanh",
+    activation: str = "silu",
 ) -> AbstractDistribution:
     r"""Mixture-of-ramps flow: C∞ in its argument, its condition and its parameters. The default for scores.
 
@@ -57,7 +57,7 @@ def smooth_flow(
         depth: Hidden layers of each conditioner.
         ramps: Ramps per transformer (`LogisticRamps`).
         kind: "autoregressive" (density in one pass, sampling in `dim`) or "coupling" (one pass for both).
-        activation: Of the conditioners: "tanh", "silu" or "sin".
+        activation: Of the conditioners: "silu", "tanh" or "sin".
 
     Raises:
         ValueError: For sizes below 1, or an unknown `kind` or `activation`.
