@@ -122,9 +122,10 @@ class MarginalScore(_ScoresAtOnePoint):
     kick - rotate - kick with a gradient each. It starts at $\xi = 0$, and all points of the turns after the first
     `n_burn` count. As a statistic the mean need not be exact, so there is no acceptance step: as a score it is biased
     (on 256² lensing maps by 1.4 posterior widths of w_0 with four steps a turn, .2 with eight; `path_posterior` has
-    exact ones). A single object can make a step unstable: a turn over which the energy grows by more than
-    `energy_slack` is undone, and steps are half as long from there on (at most four times). The momenta are the same
-    for all data: a deterministic function of x, its error partly common to all.
+    exact ones). What of the bias differs from map to map is lost as well: take eight steps for maps of that size. A
+    single object can make a step unstable: a turn over which the energy grows by more than `energy_slack` is undone,
+    and steps are half as long from there on (at most four times). The momenta are the same for all data: a
+    deterministic function of x, its error partly common to all.
 
     It costs `n_turns * n_steps + 1` gradients, and more for data that want shorter steps. Where those do not help
     either the numbers are NaN, which estimators refuse: take more steps.
