@@ -5,6 +5,7 @@ import functools
 import json
 import warnings
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,12 @@ from diffsbi.compression import (
     ScoreChange,
     fit_compressor,
     load_compressor,
+    networks,
     square_symmetry,
     torus_symmetry,
 )
 from diffsbi.compression.losses import AbstractLoss
+from diffsbi.compression.networks import features_of, torus_convolution
 from diffsbi.compression.saving import check_probe, described, fixed_input
 from diffsbi.simulators import fresh_noise
 from diffsbi.simulators.fields import hartley
@@ -318,6 +321,33 @@ def test_features_of_maps_do_not_change_with_shifts(x64):
     residual = ResidualNetwork(jax.random.key(1), 3, width=4, levels=2, blocks=1)
     assert residual(x).shape == (8,)
     np.testing.assert_allclose(residual(jnp.roll(x, (4, 8), (1, 2))), residual(x), rtol=1e-9)
+
+
+def test_both_convolutions_are_the_sum_over_kernel_and_channels(x64):
+    weight = jax.random.normal(jax.random.key(0), (4, 3, 3, 3))
+    x = jax.random.normal(jax.random.key(1), (3, 6, 8))
+    around = np.pad(x, ((0, 0), (1, 1), (1, 1)), mode="wrap")
+    exact = np.zeros((4, 6, 8))
+    for o, c, a, b in np.ndindex(*weight.shape):
+        exact[o] += float(weight[o, c, a, b]) * around[c, a : a + 6, b : b + 8]
+    for convolution in (torus_convolution, networks._product_of_shifted, networks._convolution):
+        np.testing.assert_allclose(convolution(weight, x), exact, rtol=1e-12, atol=1e-12)
+        chex.assert_numerical_grads(convolution, (weight, x), order=1, modes=("fwd", "rev"), atol=1e-6)
+
+
+@pytest.mark.parametrize("large, at_once", [(0, 100), (2**18, 2), (2**18, 3), (2**18, 100)])
+def test_features_of_rows_a_few_at_a_time_have_the_same_gradient(large, at_once, x64, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (6, 3, 8, 8)), jax.random.normal(jax.random.key(2), (6, 4))
+    network = HybridNetwork(MapNetwork(jax.random.key(1), 3, (4, 6)))
+    monkeypatch.setattr(networks, "_LARGE_ROW", large)
+    monkeypatch.setattr(networks, "_ROWS_BYTES", at_once * sum(a[0].nbytes for a in x))
+
+    def loss(network, features):
+        return jnp.sum(features(network, x) ** 3)
+
+    found = eqx.filter_value_and_grad(loss)(network, features_of)
+    exact = eqx.filter_value_and_grad(loss)(network, lambda network, x: jax.vmap(network)(x))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10), *map(jax.tree.leaves, (found, exact)))
 
 
 def test_adapted_networks_have_unit_variance_in_any_unit(x64):

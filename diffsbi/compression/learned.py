@@ -14,6 +14,7 @@ import numpy as np
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.losses import LOSSES, AbstractLoss, LocalScoreRegression, ScoreRegression
+from diffsbi.compression.networks import features_of
 from diffsbi.compression.saving import check_probe, described, fixed_input, load_module, read_header, save_module
 from diffsbi.inference.checks import SIGNIFICANT, score_warnings
 from diffsbi.inference.losses import left_in, likelihood_score, score_outliers, zero_at_first
@@ -203,7 +204,7 @@ def fit_compressor(
         rows = _checked(prior, proposal, theta, new.x, new.score if "use" in train else None)
         return _in_units(units, _take(_with_score_as_target(rows) if one_theta else rows, index))
 
-    objective = _Objective(loss, augment)
+    objective = Objective(loss, augment)
     options: dict[str, Any] = dict(
         max_epochs=max_epochs, batch_size=batch_size, patience=patience, learning_rate=learning_rate,
         weight_decay=weight_decay, progress=progress,
@@ -214,8 +215,8 @@ def fit_compressor(
     return dataclasses.replace(compressor, history=history, n_simulations=count, x_like=x_like)
 
 
-class _Objective(eqx.Module):
-    """A loss for the training loop: rows augmented, then the loss's own mean."""
+class Objective(eqx.Module):
+    """A loss for the training loop: rows augmented, the network's features of them, then the loss's own mean."""
 
     loss: AbstractLoss
     augment: Augment | None = eqx.field(static=True)
@@ -224,7 +225,9 @@ class _Objective(eqx.Module):
         compressor, head = eqx.combine(params, static)
         if self.augment is not None:
             batch = batch | {"x": jax.vmap(self.augment)(jax.random.split(key, len(batch["v"])), batch["x"])}
-        return self.loss(compressor, head, batch)
+        features = features_of(compressor.network, batch["x"])
+        compressor = eqx.tree_at(lambda c: c.network, compressor, eqx.nn.Identity())
+        return self.loss(compressor, head, batch | {"x": features})
 
 
 def _checked(prior: Prior, proposal, theta, x, score=None) -> dict[str, Any]:

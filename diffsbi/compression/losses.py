@@ -1,8 +1,9 @@
 r"""Losses of trained compressions: each a callable of (compressor, head, batch), the mean over the batch's rows.
 
-A batch has `v (n, p)`, standardised parameters, `x` (any arrays with a leading n) and, where there are scores,
-`score (n, p)` = $\nabla_v \log p(v, z | x)$, noisy but unbiased, and `use (n,)` (0: its score is left out). The
-compressor gives features c(x) and t(x); $e = L^{-1}(v - t)$ is what t leaves, in units of what the linear start left.
+A batch has `v (n, p)`, standardised parameters, `x` with a leading n, what the compressor takes (in a fit the features
+of its network, computed before), and, where there are scores, `score (n, p)` = $\nabla_v \log p(v, z | x)$, noisy but
+unbiased, and `use (n,)` (0: its score is left out). The compressor gives features c(x) and t(x);
+$e = L^{-1}(v - t)$ is what t leaves, in units of what the linear start left.
 """
 
 import abc
