@@ -77,6 +77,7 @@ PRESETS = {
         ess=20, n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
+    "large": Config(n=(4000,), epochs=40, imnn_steps=100, ess=2000.0),
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from diffsbi.compression import (
     patches,
     set_loss,
 )
+from diffsbi.compression.networks import torus_convolution
 from diffsbi.inference import fit, split_rows
 from diffsbi.runs import start_run
 from experiments import command_line
@@ -177,7 +178,13 @@ class PatchFeatures(eqx.Module):
 
     def __call__(self, x):
         coarse = x.reshape(len(x), x.shape[1] // 2, 2, -1, 2).mean((2, 4))
-        features = [jnp.mean(c(y) ** 2, (1, 2)) for c, y in zip(self.convolutions, (x, 2 * coarse), strict=True)]
+
+        def filtered(c, y):  # where no pixel is beyond the border
+            return torus_convolution(c.weight, y)[:, 1:-1, 1:-1] + c.bias
+
+        features = [
+            jnp.mean(filtered(*pair) ** 2, (1, 2)) for pair in zip(self.convolutions, (x, 2 * coarse), strict=True)
+        ]
         return jnp.log(1e-3 + jnp.concatenate(features))
 
 
