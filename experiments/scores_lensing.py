@@ -66,6 +66,7 @@ STAGES = (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(MapConfig):
     """`summary`: one of `SUMMARIES`; `turns` of "marginal_score", "score_frame", and "path_mode" at up to `n_points`.
+    `steps` of a turn of the former two, by default by the number of pixels.
 
     `change`: of the score along w_0 as well, behind the numbers of "score_frame".
 
@@ -76,7 +77,7 @@ class Config(MapConfig):
 
     summary: str = "statistics"
     turns: int = 12
-    steps: int = 4
+    steps: int | None = None
     change: bool = False
     n_points: int = 72
     proposal: str = "spectrum"
@@ -124,17 +125,17 @@ PRESETS = {
     ),
     # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        n_pix=256, summary="marginal_score", turns=30, n=(25, 50, 100, 200), n_scored=100, estimators=("NPE",),
-        n_reference=505, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
+        n_pix=256, summary="marginal_score", turns=30, steps=4, n=(25, 50, 100, 200), n_scored=100,
+        estimators=("NPE",), n_reference=505, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
     ),
     # The published observation with the shift that it was made with; NPE and NLE.
     "published": Config(
-        n_pix=256, observation="published", summary="marginal_score", n=(25, 50, 100, 200), n_scored=100,
+        n_pix=256, observation="published", summary="marginal_score", steps=4, n=(25, 50, 100, 200), n_scored=100,
         n_reference=505, coverage_n=(100,), n_coverage=505, ess=500.0, members=2,
     ),
     # The same map from where its path is, in frames of that path's posterior.
     "published_path": Config(
-        n_pix=256, observation="published", proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=48,
+        n_pix=256, observation="published", proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24,
         n=(25, 50), n_scored=50, estimators=("NPE",), n_reference=80, coverage_n=(50,), n_coverage=80, ess=500.0,
         members=2,
     ),
@@ -144,8 +145,8 @@ PRESETS = {
         estimators=("NPE",), n_reference=1500, coverage_n=(100,), members=2,
     ),
     "large_path_frames": Config(
-        n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, steps=8,
-        n=(25, 50, 100), n_scored=100, estimators=("NPE",), n_reference=80, coverage_n=(100,), n_coverage=80,
+        n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100),
+        n_scored=100, estimators=("NPE",), n_reference=80, coverage_n=(100,), n_coverage=80,
         ess=1000.0, members=2,
     ),
 }  # fmt: skip

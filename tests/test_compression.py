@@ -522,6 +522,13 @@ def test_the_last_score_alone(small_survey):
     np.testing.assert_array_equal(both[-last.size :], last)
 
 
+def test_steps_of_a_turn_grow_as_the_fourth_root_of_the_number_of_latents():
+    def steps(n_pix):
+        return MarginalScore(ds.lsst_y10(n_pix=n_pix, side_deg=n_pix / 25.6)).n_steps
+
+    assert [steps(n_pix) for n_pix in (16, 64, 128, 256)] == [4, 4, 6, 8]
+
+
 def test_wrong_points_and_rates_are_told(small_survey):
     sim = small_survey
     statistic = MarginalScore(sim)

@@ -1,6 +1,7 @@
 """Statistics from gradients of the simulator alone: scores at one theta, at latents that the data suggest."""
 
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,9 @@ from diffsbi.integrators import QUARTER_TURN, kick, rotate
 from diffsbi.prior import Prior
 from diffsbi.simulators.averaging import energy_lost, energy_slack, evaluator
 from diffsbi.simulators.base import draw_shapes
+
+_FEWEST_STEPS = 4  # of a quarter turn
+_FEW_LATENTS = 5 * 64**2  # for which so many do
 
 
 class _ScoresAtOnePoint(eqx.Module):
@@ -122,10 +126,11 @@ class MarginalScore(_ScoresAtOnePoint):
     kick - rotate - kick with a gradient each. It starts at $\xi = 0$, and all points of the turns after the first
     `n_burn` count. As a statistic the mean need not be exact, so there is no acceptance step: as a score it is biased
     (on 256² lensing maps by 1.4 posterior widths of w_0 with four steps a turn, .2 with eight; `path_posterior` has
-    exact ones). What of the bias differs from map to map is lost as well: take eight steps for maps of that size. A
-    single object can make a step unstable: a turn over which the energy grows by more than `energy_slack` is undone,
-    and steps are half as long from there on (at most four times). The momenta are the same for all data: a
-    deterministic function of x, its error partly common to all.
+    exact ones). What of the bias differs from map to map is lost as well. The energy that a step of length e changes
+    by grows as e⁴ d for d latents (Beskos et al. 2013, arXiv:1001.4460): steps are as d^(1/4), four a turn at 64² × 5
+    and below, eight at 256² × 5. A single object can make a step unstable: a turn over which the energy grows by more
+    than `energy_slack` is undone, and steps are half as long from there on (at most four times). The momenta are the
+    same for all data: a deterministic function of x, its error partly common to all.
 
     It costs `n_turns * n_steps + 1` gradients, and more for data that want shorter steps. Where those do not help
     either the numbers are NaN, which estimators refuse: take more steps.
@@ -135,7 +140,7 @@ class MarginalScore(_ScoresAtOnePoint):
         theta0: Where the score is taken; the fiducial unless given. The nearer to the truth, the less is lost.
         n_turns: Quarter turns of the chain.
         n_burn: Those at its start that are left out.
-        n_steps: Steps of each.
+        n_steps: Steps of each, by default by the number of latents.
         latents: The coordinate; the nearer the latents are to a standard normal in it, the fewer turns it takes.
         seed: Of the momenta.
 
@@ -149,7 +154,10 @@ class MarginalScore(_ScoresAtOnePoint):
     n_steps: int = eqx.field(static=True)
     seed: int = eqx.field(static=True)
 
-    def __init__(self, sim, theta0=None, *, n_turns=12, n_burn=3, n_steps=4, latents="whitened", seed=0):
+    def __init__(self, sim, theta0=None, *, n_turns=12, n_burn=3, n_steps=None, latents="whitened", seed=0):
+        if n_steps is None:
+            size = math.prod(draw_shapes(sim)[1].shape)
+            n_steps = max(_FEWEST_STEPS, round(_FEWEST_STEPS * (size / _FEW_LATENTS) ** 0.25))
         if not 0 <= n_burn < n_turns or n_steps < 1:
             raise ValueError(
                 "Expected 0 <= n_burn < n_turns and n_steps >= 1; "
