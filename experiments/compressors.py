@@ -63,6 +63,7 @@ class Config(MapConfig):
     n_average: int = 8
     epochs: int = 20
     learning_rate: float = 2e-3
+    weight_decay: float = 0.1
     imnn_share: float = 0.4
     imnn_steps: int = 40
     n_samples: int = 4000
@@ -77,7 +78,7 @@ PRESETS = {
         ess=20, n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
-    "large": Config(n=(4000,), epochs=40, imnn_steps=100, ess=2000.0),
+    "large": Config(compressors=(*LOSSES, "latent_scores"), n=(4000,), epochs=25, imnn_steps=60, ess=2000.0),
 }  # fmt: skip
 
 
@@ -208,7 +209,8 @@ def compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: 
         key, network, rows["theta"], rows["x"], rows["score"] if scored else None,
         prior=sim.prior, proposal=None if name == AT_CENTRE else proposal,
         loss="vmim" if both else "score" if name == AT_CENTRE else name, augment=_turned if both else torus_symmetry,
-        max_epochs=cfg.epochs, patience=max(2, cfg.epochs // 3), learning_rate=cfg.learning_rate,
+        max_epochs=cfg.epochs, patience=cfg.epochs, learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
     )  # fmt: skip
     return lambda x: fitted.many(x if both else x[0]), n, len(fitted.history.train)
 

@@ -51,7 +51,7 @@ class Config(compressors.Config):
     full_gap: int = 8
     full_steps: int = 3
     steps: int = 2000
-    max_epochs: int = 80
+    max_epochs: int = 300
 
 
 PRESETS = {
