@@ -63,7 +63,7 @@ class Config(MapConfig):
     n_average: int = 8
     epochs: int = 20
     learning_rate: float = 2e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.0
     imnn_share: float = 0.4
     imnn_steps: int = 40
     n_samples: int = 4000

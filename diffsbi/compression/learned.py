@@ -120,7 +120,7 @@ def fit_compressor(
     batch_size: int = 64,
     patience: int = 20,
     learning_rate: float = 1e-3,
-    weight_decay: float = 1.0,
+    weight_decay: float = 0.0,
     progress: bool = False,
 ) -> Compressor:
     r"""Train `network` to compress x to one number for each parameter.
@@ -145,7 +145,8 @@ def fit_compressor(
         validation: (theta, x) or (theta, x, score) of rows to stop by; by default a part of the training rows.
         validation_fraction: That part.
         width: Hidden units of the head g.
-        max_epochs, batch_size, patience, learning_rate, weight_decay, progress: Of `inference.training.fit`.
+        max_epochs, batch_size, patience, learning_rate, weight_decay, progress: Of `inference.training.fit`. Decay
+            pulls the readout away from the linear start as well: it can cost more than the network wins.
 
     Raises:
         ValueError: Wrong shapes, values that are not finite, fewer than 20 rows, validation rows that are training
