@@ -183,7 +183,7 @@ class PatchFeatures(eqx.Module):
             return torus_convolution(c.weight, y)[:, 1:-1, 1:-1] + c.bias
 
         features = [
-            jnp.mean(filtered(*pair) ** 2, (1, 2)) for pair in zip(self.convolutions, (x, 2 * coarse), strict=True)
+            jnp.mean(filtered(c, y) ** 2, (1, 2)) for c, y in zip(self.convolutions, (x, 2 * coarse), strict=True)
         ]
         return jnp.log(1e-3 + jnp.concatenate(features))
 

@@ -135,9 +135,9 @@ PRESETS = {
     ),
     # The same map from where its path is, in frames of that path's posterior.
     "published_path": Config(
-        n_pix=256, observation="published", proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24,
-        n=(25, 50), n_scored=50, estimators=("NPE",), n_reference=80, coverage_n=(50,), n_coverage=80, ess=500.0,
-        members=2,
+        n_pix=256, observation="published", proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=48,
+        steps=4, n=(25, 50), n_scored=50, estimators=("NPE",), n_reference=80, coverage_n=(50,), n_coverage=80,
+        ess=500.0, members=2,
     ),
     # The same way of two simulated maps.
     "path_frames": Config(

@@ -48,7 +48,7 @@ PROPOSALS = ("spectrum", "path", "prior")
 class Config(MapConfig):
     """`n_rounds` of `n_per_round` simulations, the first from one of PROPOSALS; `n_points` of a path.
 
-    `turns` of `MarginalScore`; `scores`: latents, averaged draws.
+    `turns` of `MarginalScore` and their `steps`, by default by the number of pixels; `scores`: latents, averaged draws.
     """
 
     proposal: str = "spectrum"
@@ -56,6 +56,7 @@ class Config(MapConfig):
     n_rounds: int = 2
     n_per_round: int = 50
     turns: int = 12
+    steps: int | None = None
     seeds: int = 5
     estimators: tuple[str, ...] = ("NPE",)
     scores: tuple[tuple[str, int], ...] = (("white", 1), ("whitened", 8))
@@ -71,8 +72,8 @@ PRESETS = {
     ),
     "paper": Config(estimators=tuple(ESTIMATORS)),
     # The full configuration.
-    "large": Config(n_pix=256, ess=1000.0, scores=(("whitened", 8),)),
-    "large_path": Config(n_pix=256, ess=1000.0, scores=(("whitened", 8),), proposal="path"),
+    "large": Config(n_pix=256, steps=4, ess=1000.0, scores=(("whitened", 8),)),
+    "large_path": Config(n_pix=256, steps=4, ess=1000.0, scores=(("whitened", 8),), proposal="path"),
 }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def _rounds(cfg: Config, sim, x, proposal, name: str, kind, key, folder: Path) -
     return ds.rounds(
         sim, x, ESTIMATORS[name](sim.prior), key, proposal=proposal, widen=cfg.widen,
         n_rounds=cfg.n_rounds, n_per_round=cfg.n_per_round, n_samples=cfg.n_samples, tolerance=1e-9,
-        summary_at=functools.partial(MarginalScore, sim, n_turns=cfg.turns),
+        summary_at=functools.partial(MarginalScore, sim, n_turns=cfg.turns, n_steps=cfg.steps),
         with_score=kind is not None, latents=latents, n_average=n_average, fit={"members": cfg.members},
         folder=folder, progress=True,
     )  # fmt: skip

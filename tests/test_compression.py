@@ -330,7 +330,7 @@ def test_both_convolutions_are_the_sum_over_kernel_and_channels(x64):
     exact = np.zeros((4, 6, 8))
     for o, c, a, b in np.ndindex(*weight.shape):
         exact[o] += float(weight[o, c, a, b]) * around[c, a : a + 6, b : b + 8]
-    for convolution in (torus_convolution, networks._product_of_shifted, networks._convolution):
+    for convolution in (torus_convolution, networks._product_of_shifted, networks.padded_convolution):
         np.testing.assert_allclose(convolution(weight, x), exact, rtol=1e-12, atol=1e-12)
         chex.assert_numerical_grads(convolution, (weight, x), order=1, modes=("fwd", "rev"), atol=1e-6)
 

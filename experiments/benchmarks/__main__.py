@@ -23,7 +23,7 @@ import diffsbi as ds
 from diffsbi.compression import MapNetwork, fit_compressor, torus_symmetry
 from diffsbi.compression.learned import Objective
 from diffsbi.compression.losses import LOSSES
-from diffsbi.compression.networks import folded, halved
+from diffsbi.compression.networks import folded, halved, padded_convolution
 from diffsbi.flows import FLOWS
 
 _STEPS = 4  # of training, in one loop
@@ -108,8 +108,7 @@ def convolutions(network: MapNetwork, x):
     """
     x = folded(x, network.fold)
     for level, convolution in enumerate(network.convolutions):
-        around = jnp.pad(halved(x) if level else x, ((0, 0), (1, 1), (1, 1)), mode="wrap")
-        x = jax.lax.conv(around[None], convolution.weight, (1, 1), "VALID")[0]
+        x = padded_convolution(convolution.weight, halved(x) if level else x)
     return jnp.sum(x)
 
 
