@@ -16,6 +16,7 @@ __all__ = [
     "Key",
     "Vector",
     "check_finite",
+    "check_finite_values",
     "check_key",
     "check_names",
     "check_trailing",
@@ -47,6 +48,13 @@ def check_finite(name: str, value) -> None:
         raise ValueError(
             f"Expected finite {name}; got {int(bad.sum())} non-finite of {bad.size} values, first at {first}."
         )
+
+
+def check_finite_values(name: str, value) -> None:
+    """`check_finite` of everything that has a value; in a function that is being traced nothing is known yet."""
+    for leaf in jax.tree.leaves(value):
+        if not isinstance(leaf, jax.core.Tracer):
+            check_finite(name, leaf)
 
 
 def checked_rows(x, shape: tuple[int, ...]) -> Array:

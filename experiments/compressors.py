@@ -1,7 +1,8 @@
 """Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and six others.
 
 One simulated LSST-Y10 map, parameters from its power-spectrum posterior. Every loss trains the same convolutional
-network on the same `n` simulations, "vmim" and "score" with their scores; "imnn" spends as many at the proposal's
+network on the same `n` simulations, "vmim" and "score" with their scores, for as many steps; "vmim_without_scores" is
+the former as it was published; "imnn" spends as many at the proposal's
 centre, a derivative counted as p of them. "hybrid" is that network beside binned spectra, moments and peaks,
 "statistics" those alone, "wavelets" the wavelet statistics alone, all three by the VMIM loss; "latent_scores" (two
 gradients a map), "score_change" (these and their change along w_0, six) and "marginal_score" (a chain) need neither
@@ -41,44 +42,49 @@ from experiments import command_line
 from experiments.curves import print_table
 from experiments.lensing import MERITS, MapConfig, about, begin, distances, in_blocks, merits, spectrum_proposal
 
-LOSSES = ("mse", "mae", "gnll", "vmim", "score", "imnn")
+WITHOUT = "vmim_without_scores"
+LOSSES = ("mse", "mae", "gnll", "vmim", WITHOUT, "score", "imnn")
 FREE = ("latent_scores", "score_change", "marginal_score")
 NUMBERS = {"hybrid": 1, "statistics": 1, "wavelets": 2}  # where in a row (map, statistics, wavelets)
 OTHERS = (*NUMBERS, *FREE)
+_BATCH = 64
 AT_CENTRE = "score_at_centre"  # score regression on simulations that are all there; for `experiments.information`
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(MapConfig):
-    """`n_average`: states of latents in a score; `imnn_share`: of the n that are for derivatives; rest: training."""
+    """`n_average`: states of latents in a score; `imnn_share`: of the n that are for derivatives; rest: training.
+
+    `steps`: of training, about, where n is large enough for them within `max_epochs`; the IMNN has `imnn_steps`.
+    """
 
     compressors: tuple[str, ...] = LOSSES + OTHERS
-    n: tuple[int, ...] = (250, 1000)
+    n: tuple[int, ...] = (1000, 4000)
     n_inference: int = 1000
     n_test: int = 500
     seeds: int = 3
     channels: tuple[int, ...] = (16, 32, 32)
     fold: int = 2
     n_average: int = 8
-    epochs: int = 20
+    steps: int = 1600
+    max_epochs: int = 300
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
     imnn_share: float = 0.4
-    imnn_steps: int = 40
+    imnn_steps: int = 60
     n_samples: int = 4000
     members: int = 2
-    ess: float = 600.0
+    ess: float = 2000.0
 
 
 PRESETS = {
     "smoke": Config(
         n_pix=16, compressors=("imnn", "hybrid", "wavelets", "marginal_score"), n=(240,), n_inference=60, n_test=40,
-        seeds=1, channels=(4, 4), n_average=1, epochs=2, imnn_steps=2, n_samples=200, members=1,
+        seeds=1, channels=(4, 4), n_average=1, steps=4, max_epochs=2, imnn_steps=2, n_samples=200, members=1,
         ess=20, n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
-    "large": Config(compressors=(*LOSSES, "latent_scores"), n=(4000,), epochs=25, imnn_steps=60, ess=2000.0),
 }  # fmt: skip
 
 
@@ -168,7 +174,7 @@ def scores_of(cfg: Config, sim, run, seed: int, key, theta) -> np.ndarray:
 
 def _fit(cfg: Config, sim, proposal, run, data, chain, name: str, n: int, seed: int) -> tuple[dict, np.ndarray]:
     """Compress by `name` from n simulations, infer, compare."""
-    key = jax.random.fold_in(run.key("fits"), 1000 * seed + n)
+    key = _key_of(run, "fits", seed, n)
     start = time.perf_counter()
     compress, simulations, epochs = compressor(cfg, sim, proposal, run, data["train"], name, n, seed)
     seconds = time.perf_counter() - start
@@ -196,7 +202,7 @@ def compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: 
         score = MarginalScore(sim, centre)
         return lambda x: score.many(x[0]), 0, 0
     network = MapNetwork(jax.random.fold_in(run.key("network"), seed), sim.n_bins, cfg.channels, cfg.fold)
-    key = jax.random.fold_in(run.key("compress"), 1000 * seed + n)
+    key = _key_of(run, "compress", seed, n)
     if name == "imnn":
         fitted, simulations = _imnn(cfg, sim, centre, network, run, n, seed, key)
         return lambda x: fitted(x[0]), simulations, len(fitted.history.train)
@@ -205,14 +211,19 @@ def compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: 
     if both:
         network = HybridNetwork(network) if name == "hybrid" else Numbers(NUMBERS[name])
     scored = both or name in ("vmim", "score", AT_CENTRE)
+    loss = "vmim" if both or name == WITHOUT else "score" if name == AT_CENTRE else name
+    epochs = int(np.clip(_BATCH * cfg.steps // n, 1, cfg.max_epochs))
     fitted = fit_compressor(
         key, network, rows["theta"], rows["x"], rows["score"] if scored else None,
         prior=sim.prior, proposal=None if name == AT_CENTRE else proposal,
-        loss="vmim" if both else "score" if name == AT_CENTRE else name, augment=_turned if both else torus_symmetry,
-        max_epochs=cfg.epochs, patience=cfg.epochs, learning_rate=cfg.learning_rate,
-        weight_decay=cfg.weight_decay,
+        loss=loss, augment=_turned if both else torus_symmetry, batch_size=_BATCH,
+        max_epochs=epochs, patience=epochs, learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay,
     )  # fmt: skip
     return lambda x: fitted.many(x if both else x[0]), n, len(fitted.history.train)
+
+
+def _key_of(run, stage: str, seed: int, n: int):
+    return jax.random.fold_in(jax.random.fold_in(run.key(stage), seed), n)
 
 
 def _turned(key, x):
@@ -228,7 +239,7 @@ def _imnn(cfg: Config, sim, centre, network, run, n: int, seed: int, key):
     for i, budget in enumerate((n - n // 5, n // 5)):
         n_d = max(1, int(cfg.imnn_share * budget) // sim.prior.dim)
         n_s = budget - n_d * sim.prior.dim
-        keys = jax.random.split(jax.random.fold_in(run.key("derivatives"), 10 * (1000 * seed + n) + i), n_s)
+        keys = jax.random.split(jax.random.fold_in(_key_of(run, "derivatives", seed, n), i), n_s)
         dx = np.stack([np.asarray(both(k)[1]) for k in keys[:n_d]])
         sets.append((np.asarray(jax.lax.map(jax.jit(lambda k: simulate(centre, k)), keys)), dx))
         used += n_s + n_d * sim.prior.dim

@@ -37,8 +37,7 @@ PAIRS_APART = 0.2  # widths of the proposal, between the two of a pair
 class Config(compressors.Config):
     """`n_full`: simulations for the data's own F, whose chains of `full_average` turns forget within `full_gap`.
 
-    `n_test`, `n_pairs`: simulations for F of the numbers, and for its derivatives. `steps`: of training, about, where n
-    is large enough for them within `max_epochs`; the IMNN has its own.
+    `n_test`, `n_pairs`: simulations for F of the numbers, and for its derivatives.
     """
 
     n_pix: int = 32
@@ -51,7 +50,7 @@ class Config(compressors.Config):
     full_gap: int = 8
     full_steps: int = 3
     steps: int = 2000
-    max_epochs: int = 300
+    imnn_steps: int = 40
 
 
 PRESETS = {
@@ -138,7 +137,6 @@ def _rows(cfg: Config, sim, proposal, run, seed: int) -> dict:
 
 def _compress(cfg: Config, sim, proposal, run, data, name: str, n: int, seed: int) -> Callable:
     """Maps → numbers, by `name` from n simulations."""
-    cfg = dataclasses.replace(cfg, epochs=int(np.clip(64 * cfg.steps // n, 1, cfg.max_epochs)))
     train = None if name in FREE else data[name if name == AT_CENTRE else "near"]
     compress, _, _ = compressor(cfg, sim, proposal, run, train, name, n, seed)
     return lambda x: np.asarray(compress((x,)))
@@ -146,9 +144,9 @@ def _compress(cfg: Config, sim, proposal, run, data, name: str, n: int, seed: in
 
 def _test(cfg: Config, sim, proposal, run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Maps at the centre `(n_test, ...)`, pairs about it `(p, 2, n_pairs, ...)`, and theta's steps `(p,)`."""
-    key, key_pairs = jax.random.split(run.key("test"))
+    key, key_pairs, key_widths = jax.random.split(run.key("test"), 3)
     centre = sim.prior.from_unconstrained(proposal.loc)
-    widths = np.std(np.asarray(proposal.sample(key_pairs, (1000,))), axis=0)
+    widths = np.std(np.asarray(proposal.sample(key_widths, (1000,))), axis=0)
 
     def at(theta, key, count: int) -> np.ndarray:
         return np.asarray(sim.draw(key, count, jnp.tile(theta, (count, 1)), with_score=False).x)

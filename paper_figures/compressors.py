@@ -11,6 +11,7 @@ TITLES = {
     "mae": "MAE",
     "gnll": "Gaussian\nNLL",
     "vmim": "VMIM",
+    "vmim_without_scores": "VMIM, no\nscores",
     "score": "score\nregr.",
     "imnn": "IMNN",
     "statistics": "statis-\ntics",

@@ -11,7 +11,8 @@ TITLES = {
     "mse": "MSE",
     "mae": "MAE",
     "gnll": "Gaussian NLL",
-    "vmim": "VMIM, scores",
+    "vmim": "VMIM with scores",
+    "vmim_without_scores": "VMIM without",
     "score": "score regression",
     "score_at_centre": "the same, at the centre",
     "imnn": "IMNN",
@@ -22,7 +23,8 @@ def draw(runs: Path) -> plotting.Figure:
     found = read_json(runs / "information" / "information.json")
     points = mean_points(found["rows"], TITLES, value="nats", by="compressor")
     free = [row["nats"] for row in found["rows"] if row["compressor"] in FREE]  # as good as the same
-    levels = {"the maps themselves": found["full"]["nats"], "scores of each map, no training": max(free)}
+    levels = {"the maps themselves": found["full"]["nats"]}
+    levels |= {"scores of each map, no training": max(free)} if free else {}
     return plotting.curves(points, "simulations", "Fisher information (nats)", levels, log_y=False, width=5.6)
 
 

@@ -99,6 +99,13 @@ def test_little_is_lost(simulations, compressors, loss):
     assert np.all(ratio > 0.8), ratio
 
 
+def test_rows_that_are_not_finite_are_not_compressed(compressors, simulations):
+    x = np.asarray(simulations[2].x).copy()
+    x[3, 1] = np.nan
+    with pytest.raises(ValueError, match=r"Expected finite x; got 1 non-finite of \d+ values, first at \(3, 1\)"):
+        compressors["mse"].many(x)
+
+
 def test_a_summary_that_loses_is_seen(simulations):
     _, _, test = simulations
     theta, x = np.asarray(test.theta), np.asarray(test.x)

@@ -126,6 +126,22 @@ def test_the_unbiased_matrix_has_no_bias_and_the_plain_one_has(x64):
     assert np.all(np.diag(plain.mean(0) - slope.T @ slope) > 10 * np.diag(error))
 
 
+def test_an_information_that_is_not_positive_is_none(x64):
+    """Derivatives that are all noise: F without bias has two negative eigenvalues, and so a positive determinant."""
+    rng = np.random.default_rng(0)
+    t, dt = rng.normal(size=(50, 3)), rng.normal(size=(6, 3, 2))
+    dt -= 0.9 * dt.mean(0)
+    found, error = measured_information(t, dt)
+    assert np.all(np.linalg.eigvalsh(found.unbiased) < 0) and np.linalg.det(found.unbiased) > 0
+    assert error == np.inf
+    measures = information_loss(jnp.asarray(t), jnp.asarray(dt), Regularisation())[1]
+    assert measures["det F"] == 0.0 and np.isfinite(measures["ln det F"])
+    fit = FittedIMNN(Small(), jnp.asarray(THETA), jnp.zeros(2), jnp.eye(2), jnp.asarray(found.unbiased), SHAPE)
+    assert fit.det_fisher == 0.0
+    with pytest.raises(ValueError, match="positive Fisher matrix; its eigenvalues are .*more derivatives"):
+        fit.gaussian(np.zeros(SHAPE))
+
+
 def test_the_jackknife_error_is_the_scatter():
     rng = np.random.default_rng(2)
     results = []
@@ -266,6 +282,8 @@ def test_sufficient_summaries_have_the_exact_information_and_estimate_well():
     np.testing.assert_allclose(np.linalg.inv(normal.covariance_matrix), fitted.fisher, rtol=1e-3, atol=1e-2)
     with pytest.raises(ValueError, match="x with trailing shape"):
         fitted(jnp.zeros(6))
+    with pytest.raises(ValueError, match="finite x; got 1 non-finite of 6"):
+        fitted(np.where(np.arange(6).reshape(SHAPE) == 4, np.nan, 1.0))
 
 
 def test_a_fit_learns_is_repeated_and_accounts_for_itself(tmp_path):
@@ -283,10 +301,9 @@ def test_a_fit_learns_is_repeated_and_accounts_for_itself(tmp_path):
     panels = fits[0].panels()
     assert panels["det F"][0]["every"] == 20
     assert all(axis.get_xlim()[1] > 100 for axis in plotting.training_curves(panels).axes)
-    last = imnn.fit(
-        jax.random.key(0), **settings | dict(keep="last", max_iterations=60, min_iterations=60, patience=20)
-    )
-    assert len(last.history.train) == 3, "patience does not end a fit before its fewest steps"
+    still = settings | dict(keep="last", max_iterations=60, patience=20, learning_rate=1e-9)  # nothing improves
+    lengths = [len(imnn.fit(jax.random.key(0), **still, min_iterations=n).history.train) for n in (0, 60)]
+    assert lengths == [1, 3], "patience does not end a fit before its fewest steps"
 
     fits[0].save(tmp_path / "imnn.bin")
     loaded = IMNN.load(tmp_path / "imnn.bin", Small(7))
@@ -333,6 +350,10 @@ def test_bad_input_is_named_before_work():
         stored(THETA, x, np.moveaxis(dx, -1, 1))
     with pytest.raises(ValueError, match="finite x; 1 of 24 rows are not, the first is row 5"):
         stored(THETA, np.where(np.arange(N)[:, None, None] == 5, np.nan, x), dx)
+    with pytest.raises(ValueError, match=r"validation data of the training data's shape, \(3, 2\); got \(6,\)"):
+        other = simulations(4)
+        flat_rows = other[0].reshape(N, 6), other[1].reshape(N, 6, 2)
+        IMNN.from_derivatives(Small(), THETA, simulations()[:2], flat_rows)
     with pytest.raises(ValueError, match="finite dx/dtheta"):
         stored(THETA, x, np.full_like(dx, np.inf))
     with pytest.raises(ValueError, match="2 <= n_d <= n_s"):

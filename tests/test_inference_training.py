@@ -57,6 +57,13 @@ def test_same_key_same_fit():
     assert float(fits[0].slope) == float(fits[1].slope) != float(fits[2].slope)
 
 
+def test_the_validation_loss_has_the_same_noise_in_every_epoch():
+    noisy = lambda params, static, batch, key: squared(params, static, batch, key) + jax.random.normal(key)  # noqa: E731
+    _, history = fit(jax.random.key(0), line(), data(64), data(20, 1), noisy, max_epochs=3, learning_rate=1e-9)
+    np.testing.assert_allclose(history.validation, history.first_validation, rtol=1e-5)
+    assert np.ptp(history.train) > 0.1
+
+
 def test_loss_that_is_not_finite_stops_with_the_best_state_kept():
     def brittle(params, static, batch, key):
         slope = eqx.combine(params, static).slope

@@ -36,6 +36,8 @@ def test_rejection_and_population_monte_carlo_find_a_normal_posterior():
     mean = population.weights @ population.theta[:, 0]
     spread = np.sqrt(population.weights @ (population.theta[:, 0] - mean) ** 2)
     assert abs(mean - 4 * width**2) < 4 * width / np.sqrt(size) and abs(spread / width - 1) < 0.2
+    with pytest.raises(ValueError, match="positive Fisher matrix"):
+        rejection(jax.random.key(0), Mean(jnp.full((1, 1), -4.0)), draw, prior, x, 1000)
     with pytest.raises(ValueError, match="keep between 1/n and 1"):
         rejection(jax.random.key(0), compress, draw, prior, x, 50, keep=0.01)
     with pytest.raises(ValueError, match="quantile and smallest_acceptance between 0 and 1"):

@@ -4,6 +4,7 @@ Charnock, Lavaux & Wandelt 2018 (arXiv:1802.03634); the regularisation as in Mak
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -13,9 +14,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpyro.distributions import MultivariateNormal
 
-from diffsbi._types import Array, Float, Key, check_key, check_trailing
+from diffsbi._types import Array, Float, Key, check_finite_values, check_key, check_trailing
 from diffsbi.compression import arrays
-from diffsbi.compression.information import Information, Regularisation, information_loss, measured_information
+from diffsbi.compression.information import (
+    Information,
+    Regularisation,
+    check_positive,
+    information_loss,
+    log_det,
+    measured_information,
+)
 from diffsbi.compression.saving import check_probe, fixed_input, load_module, read_header, save_module
 from diffsbi.compression.simulations import AbstractSimulations, Network, Simulated, Streamed, summaries_of
 from diffsbi.inference.training import History, fit
@@ -49,6 +57,11 @@ class IMNN(eqx.Module):
         t = self._summary_shape()
         if not (isinstance(t, jax.ShapeDtypeStruct) and t.ndim == 1):
             raise ValueError(f"Expected a network from {self.train.x_shape} to (n_summaries,); it gives {t}.")
+        if self.validation.x_shape != self.train.x_shape:
+            raise ValueError(
+                f"Expected validation data of the training data's shape, {self.train.x_shape}; got "
+                f"{self.validation.x_shape}."
+            )
         for name, simulations in (("training", self.train), ("validation", self.validation)):
             arrays.check_size(simulations, t.shape[0], name)
             for count in (simulations.n_d, simulations.n_s - simulations.n_d):
@@ -208,12 +221,14 @@ class FittedIMNN(eqx.Module):
 
     @property
     def det_fisher(self) -> float:
-        return float(np.linalg.det(np.asarray(self.fisher, float)))
+        """det F; 0 where F is not positive."""
+        return float(np.exp(log_det(self.fisher)))
 
     def summaries(self, x: Float[Array, "*n x"], batch_size: int = 256) -> Float[Array, "*n m"]:
         """t(x), of one data set or of many."""
         x = jnp.asarray(x, self.theta0.dtype)
         check_trailing("x", x, self.x_shape)
+        check_finite_values("x", x)
         leading = x.shape[: x.ndim - len(self.x_shape)]
         return _summaries(self.network, x.reshape(-1, *self.x_shape), batch_size).reshape(*leading, -1)
 
@@ -224,6 +239,7 @@ class FittedIMNN(eqx.Module):
 
     def gaussian(self, x) -> MultivariateNormal:
         r"""$\mathcal N(\hat\theta(x), F^{-1})$: the posterior for a flat prior, where F does not change with theta."""
+        check_positive(self.fisher)
         return MultivariateNormal(self(x), precision_matrix=self.fisher)
 
     def panels(self) -> dict[str, list[dict]]:
@@ -323,6 +339,12 @@ def _whitened(network, t) -> _Whitened:
 
 def _fitted(network, found: Information, error, simulations, history, validate_every) -> FittedIMNN:
     weights = np.linalg.solve(found.fisher, found.derivative.T @ found.precision)
+    if log_det(found.unbiased) == -np.inf:
+        warnings.warn(
+            "The Fisher matrix, measured without bias, is not positive: too few simulations, or summaries that know "
+            "nothing. Estimates are kept; for `gaussian` take more derivatives (n_d) or a larger n_refit.",
+            stacklevel=3,
+        )
     measured = (found.mean, weights, found.unbiased)
     mean, matrix, fisher = (jnp.asarray(a, simulations.theta0.dtype) for a in measured)
     account = (simulations.x_shape, error, validate_every, history)

@@ -3,6 +3,7 @@ r"""Fisher information of summaries at one point, from simulations, $F = \partia
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -103,12 +104,15 @@ class Regularisation(eqx.Module):
 
 
 def information_loss(t, dt, regularisation: Regularisation) -> tuple[Array, dict[str, Array]]:
-    r"""$-\ln\det F + r L_2$; and ln det F, det F (`unbiased`), det C, det C⁻¹, L2, r for the history."""
+    r"""$-\ln\det F + r L_2$; and ln det F, det F (`unbiased`; 0 where it is not positive), det C, det C⁻¹, L2, r."""
     found = information(t, dt)
     distance, rate = regularisation(found)
     log_det = jnp.linalg.slogdet(found.fisher)[1]
-    determinants = {"det F": found.unbiased, "det C": found.covariance, "det C^-1": found.precision}
-    measures = {n: jnp.linalg.det(a) for n, a in determinants.items()} | {"L2": distance, "r": rate}
+    # Of a matrix with two negative eigenvalues the determinant is positive as well: there nothing is known.
+    positive = jnp.linalg.eigvalsh(jax.lax.stop_gradient(found.unbiased))[0] > 0
+    measures = {"det F": jnp.where(positive, jnp.linalg.det(found.unbiased), 0.0)}
+    measures |= {"det C": jnp.linalg.det(found.covariance), "det C^-1": jnp.linalg.det(found.precision)}
+    measures |= {"L2": distance, "r": rate}
     return -log_det + rate * distance, measures | {"ln det F": log_det}
 
 
@@ -125,8 +129,24 @@ def measured_information(t, dt, n_blocks: int = 20) -> tuple[Information, float]
     log_dets = []
     for block in range(n_blocks):
         kept, d_kept = (a[np.arange(len(a)) % n_blocks != block] for a in (t, dt))
-        log_dets.append(np.linalg.slogdet(information(kept, d_kept, np).unbiased)[1])
+        log_dets.append(log_det(information(kept, d_kept, np).unbiased))
     return information(t, dt, np), float(jackknife_error(np.asarray(log_dets)))
+
+
+def log_det(matrix: np.ndarray) -> float:
+    """ln det of a symmetric matrix; minus infinity where it is not positive, whatever the sign of its determinant."""
+    values = np.linalg.eigvalsh(np.asarray(matrix, float))
+    return float(np.sum(np.log(values))) if values[0] > 0 else -np.inf
+
+
+def check_positive(fisher: np.ndarray) -> None:
+    """Raise `ValueError` where an estimate of F without bias, from too few simulations, is not positive."""
+    values = np.linalg.eigvalsh(np.asarray(fisher, float))
+    if not values[0] > 0:
+        raise ValueError(
+            f"Expected a positive Fisher matrix; its eigenvalues are {np.round(values, 4).tolist()}: it was measured "
+            "from too few simulations, or the summaries know nothing. Take more derivatives (n_d) or a larger n_refit."
+        )
 
 
 def jackknife_error(without: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
+from diffsbi._types import Array, Float, Key, check_finite, check_finite_values, check_key, check_names
 from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.losses import LOSSES, AbstractLoss, LocalScoreRegression, ScoreRegression
 from diffsbi.compression.networks import features_of
@@ -57,7 +57,8 @@ class Compressor(eqx.Module):
         return self.features_and_summary(x)[1]
 
     def many(self, x) -> np.ndarray:
-        """t of every row of `x`, `(n, p)`."""
+        """t of every row of `x`, `(n, p)`; they must be finite."""
+        check_finite_values("x", x)
         return np.asarray(_rows_of(self, x))
 
     def features_and_summary(self, x) -> tuple[Float[Array, " f"], Float[Array, " p"]]:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Float, Key, check_key
-from diffsbi.compression.information import jackknife_error
+from diffsbi.compression.information import jackknife_error, log_det
 from diffsbi.compression.latent_scores import chain_rule, checked_point, setup_and_jacobian
 from diffsbi.simulators.averaging import LOW_ACCEPTANCE, best_steps, evaluator, quarter_turn
 from diffsbi.simulators.base import AbstractSimulator
@@ -136,7 +136,7 @@ def _from_scores(s: np.ndarray, gap: int, acceptance: float, gradients: int) -> 
         return total / sizes.sum(), without
 
     fisher, without = over(slice(gap, None))
-    log_dets = np.array([_log_det(a) for a in without])
+    log_dets = np.array([log_det(a) for a in without])
     if 2 * gap < n_average:
         (near, near_without), (far, far_without) = over(slice(gap, 2 * gap)), over(slice(2 * gap, None))
         scale = np.sqrt(np.outer(np.diag(fisher), np.diag(fisher)))
@@ -149,7 +149,7 @@ def _from_scores(s: np.ndarray, gap: int, acceptance: float, gradients: int) -> 
                 stacklevel=3,
             )
     return MarginalInformation(
-        fisher, jackknife_error(without), _log_det(fisher), float(jackknife_error(log_dets)),
+        fisher, jackknife_error(without), log_det(fisher), float(jackknife_error(log_dets)),
         np.average(lags, axis=0, weights=sizes), acceptance, gradients, without,
     )  # fmt: skip
 
@@ -162,11 +162,6 @@ def _lags(s: np.ndarray) -> np.ndarray:
         mean = np.einsum("nka,nkb->ab", s[:, : n_average - lag], s[:, lag:]) / (n * (n_average - lag))
         products.append((mean + mean.T) / 2)
     return np.stack(products)
-
-
-def _log_det(matrix: np.ndarray) -> float:
-    sign, value = np.linalg.slogdet(matrix)
-    return float(value) if sign > 0 else -np.inf
 
 
 @eqx.filter_jit

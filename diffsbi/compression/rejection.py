@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from diffsbi._types import Array, Key, check_key
+from diffsbi.compression.information import check_positive
 from diffsbi.prior import Prior
 
 
@@ -91,7 +92,8 @@ def population_monte_carlo(
         got = f"got {quantile} and {smallest_acceptance}"
         raise ValueError(f"Expected quantile and smallest_acceptance between 0 and 1; {got}.")
     measure = _distance_to(compress, x)
-    found = rejection(jax.random.fold_in(check_key(key), 0), compress, simulate, prior, x, 2 * n, keep=0.5)
+    first = jax.random.fold_in(check_key(key), 0)
+    found = rejection(first, compress, simulate, prior, x, 2 * n, keep=0.5, batch_size=batch_size)
     theta, weights, distance, epsilon, total = found
     for i in (bar := tqdm(range(1, max_rounds + 1), disable=not progress, desc="population Monte Carlo")):
         threshold = float(np.quantile(distance, quantile))
@@ -122,6 +124,7 @@ def population_monte_carlo(
 
 
 def _distance_to(compress, x) -> _Distance:
+    check_positive(compress.fisher)
     return _Distance(compress, compress.fisher, compress(x))
 
 

@@ -99,7 +99,7 @@ def fit(
         model: Any pytree.
         train: Pytree of arrays with the training rows first; or a function of the number of epochs that are done to
             such a pytree, always of the same shapes: the rows that the next epoch passes over.
-        validation: The same of the validation rows; the same ones in every epoch.
+        validation: The same of the validation rows; the same ones in every epoch, with the same key.
         loss: (params, static, batch, key) → scalar mean over the batch, `eqx.combine(params, static)` the model.
         max_epochs: Most epochs.
         batch_size: Rows per step (fewer where there are fewer).
@@ -142,15 +142,17 @@ def fit(
     best, state = params, (params, params, _first_moments(params))
     # An epoch that does not move: the first value, and no second compilation.
     still = jnp.zeros(3, jnp.result_type(float))
+    key_validation = jax.random.fold_in(key, 0)  # the same in every epoch: its noise must not choose among them
+    keys = key, key_validation
     with explained(advice):
-        first = float(_epoch(state, static, rows, validation, key, still, loss, batches, has_measures)[-1][0])
+        first = float(_epoch(state, static, rows, validation, keys, still, loss, batches, has_measures)[-1][0])
     progressed = _Progress(first, patience, learning_rate, min_epochs)
     for epoch in (bar := tqdm(range(1, max_epochs + 1), disable=not progress, desc="fit", unit="epoch")):
         decay = min(average, 1 - 10 / (10 + (epoch - 1) * batches))  # the first weights are forgotten soon
         rates = jnp.asarray([progressed.rate, progressed.rate * weight_decay, decay], jnp.result_type(float))
-        key_epoch = jax.random.fold_in(key, epoch)
+        keys = jax.random.fold_in(key, epoch), key_validation
         try:
-            step = _epoch(state, static, rows, validation, key_epoch, rates, loss, batches, has_measures)
+            step = _epoch(state, static, rows, validation, keys, rates, loss, batches, has_measures)
             if epoch < max_epochs:
                 rows = rows_of(epoch)  # read while the step is computed
             state, (of_train, train_measures), (of_validation, measures) = step
@@ -236,12 +238,13 @@ def _first_moments(params):
 
 
 @eqx.filter_jit
-def _epoch(state, static, train, validation, key, rates, loss, batches, has_measures):
+def _epoch(state, static, train, validation, keys, rates, loss, batches, has_measures):
     """One pass over the training rows and the validation loss after it, each with its measures.
 
     The state is the weights, their moving average and Adam's moments; `rates` step, decay of weights, of the average.
     """
-    key_order, key_steps, key_validation = jax.random.split(key, 3)
+    key, key_validation = keys
+    key_order, key_steps = jax.random.split(key)
     n = jax.tree.leaves(train)[0].shape[0]
     order = jax.random.permutation(key_order, n)[: batches * (n // batches)].reshape(batches, -1)
 
