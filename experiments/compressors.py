@@ -1,13 +1,13 @@
 """Which compressor of lensing maps keeps most, from the same simulations? Six losses of one network, and six others.
 
 One simulated LSST-Y10 map, parameters from its power-spectrum posterior. Every loss trains the same convolutional
-network on the same `n` simulations, "vmim" and "score" with their scores, for as many steps; "vmim_without_scores" is
-the former as it was published; "imnn" spends as many at the proposal's
-centre, a derivative counted as p of them. "hybrid" is that network beside binned spectra, moments and peaks,
-"statistics" those alone, "wavelets" the wavelet statistics alone, all three by the VMIM loss; "latent_scores" (two
-gradients a map), "score_change" (these and their change along w_0, six) and "marginal_score" (a chain) need neither
-network nor simulation. Then NPE learns the posterior of the compressed numbers from `n_inference` other simulations,
-the same ones for each, without scores.
+network on the same `n` simulations for as many steps, "vmim" and "score" with their scores; "vmim_without_scores" is
+the former as it was published. "imnn" spends as many at the proposal's centre, a derivative counted as p of them. For
+simulators without gradients are "hybrid", that network beside binned spectra, moments and peaks, "statistics", those
+alone, and "wavelets", the wavelet statistics alone, by VMIM without scores. "latent_scores" (two gradients a map),
+"score_change" (these and their change along w_0, six) and "marginal_score" (a chain) need neither network nor
+simulation. Then NPE learns the posterior of the compressed numbers from `n_inference` other simulations, the same ones
+for each, without scores.
 
 Compared are the mean log-density of the parameters of `n_test` further simulations given their numbers (information,
 in nats), and for the one map C2ST and figures of merit against the converged full-field chain.
@@ -47,9 +47,10 @@ LOSSES = ("mse", "mae", "gnll", "vmim", WITHOUT, "score", "imnn")
 FREE = ("latent_scores", "score_change", "marginal_score")
 NUMBERS = {"hybrid": 1, "statistics": 1, "wavelets": 2}  # where in a row (map, statistics, wavelets)
 OTHERS = (*NUMBERS, *FREE)
-_BATCH = 64
 AT_CENTRE = "score_at_centre"  # score regression on simulations that are all there; for `experiments.information`
+SCORED = ("vmim", "score", AT_CENTRE)
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
+_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ def _data(cfg: Config, sim, proposal, run, seed: int, x) -> dict:
         draws = sim.draw(key_draw, count, theta, with_score=False)
         made = (np.asarray(jax.lax.map(numbers, draws.x, batch_size=50)) for numbers in kinds)
         data[name] = dict(theta=np.asarray(theta), x=(np.asarray(draws.x), *made))
-        if name == "train" and {"vmim", "score", *NUMBERS} & set(cfg.compressors):
+        if name == "train" and set(SCORED) & set(cfg.compressors):
             data[name]["score"] = scores_of(cfg, sim, run, seed, key_draw, theta)
     return data
 
@@ -210,7 +211,7 @@ def compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: 
     rows = jax.tree.map(lambda a: a[:n], train if both else train | {"x": train["x"][0]})
     if both:
         network = HybridNetwork(network) if name == "hybrid" else Numbers(NUMBERS[name])
-    scored = both or name in ("vmim", "score", AT_CENTRE)
+    scored = name in SCORED
     loss = "vmim" if both or name == WITHOUT else "score" if name == AT_CENTRE else name
     epochs = int(np.clip(_BATCH * cfg.steps // n, 1, cfg.max_epochs))
     fitted = fit_compressor(

@@ -1,5 +1,7 @@
 """Tables of C2ST against the number of simulations, and how many simulations one way of fitting saves over another."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 
@@ -20,37 +22,50 @@ def standard_error(values) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-def simulations_saved(n, without, with_score, *, draws: int = 1000, seed: int = 0) -> list[tuple[float, float, bool]]:
+class Saved(NamedTuple):
+    """`factor`, from `low` to `high` (68 % of resamplings); `bound` ">" or "<" where the factor is only that.
+
+    `low` and `high` are bounds as well where they are the smallest or largest factor that the curve can show.
+    """
+
+    factor: float
+    low: float
+    high: float
+    bound: str
+
+    def __str__(self) -> str:
+        return f"{self.bound}{self.factor:.2g} ({self.low:.2g} to {self.high:.2g})"
+
+
+def simulations_saved(n, without, with_score, *, draws: int = 1000, seed: int = 0) -> list[Saved]:
     """For each n, how many times as many simulations the fits without scores need to come as near.
 
-    The mean curve without scores, made monotone, is interpolated in log n at the mean with scores; the error is that of
-    resampling the seeds.
+    The mean curve without scores, made monotone, is interpolated in log n at the mean with scores. Nothing is known
+    beyond its ends: from n the factor is at most max(n) / n and at least min(n) / n, and a bound there. The seeds are
+    resampled, those of both curves together, as fits of one seed share their simulations.
 
     Args:
         n: Numbers of simulations, increasing, (k,).
         without: Distances without scores, (seeds, k).
-        with_score: With scores, (seeds, k).
+        with_score: With scores, of the same seeds, (seeds, k).
         draws: Resamplings.
         seed: Of them.
-
-    Returns:
-        (factor, its standard error, whether it is only a lower bound: no n without scores comes as near), for each n.
     """
     n, without, with_score = np.asarray(n, float), np.asarray(without, float), np.asarray(with_score, float)
-    if without.shape[1:] != n.shape or with_score.shape[1:] != n.shape:
-        raise ValueError(f"Expected columns of {len(n)} sizes; got {without.shape} and {with_score.shape}.")
+    if without.shape[1:] != n.shape or with_score.shape != without.shape:
+        raise ValueError(f"Expected rows of {len(n)} sizes, as many; got {without.shape} and {with_score.shape}.")
 
-    def log_factors(a, b):
-        falling = np.minimum.accumulate(a.mean(0))
-        needed = np.interp(-b.mean(0), -falling, np.log(n))
-        return needed - np.log(n), b.mean(0) < falling[-1]
+    def factors(rows):
+        falling, wanted = np.minimum.accumulate(without[rows].mean(0)), with_score[rows].mean(0)
+        bound = np.where(wanted < falling[-1], ">", np.where(wanted > falling[0], "<", ""))
+        return np.exp(np.interp(-wanted, -falling, np.log(n))) / n, bound
 
     rng = np.random.default_rng(seed)
-    pick = lambda a: a[rng.integers(len(a), size=len(a))]  # noqa: E731
-    spread = np.std([log_factors(pick(without), pick(with_score))[0] for _ in range(draws)], axis=0)
-    value, bound = log_factors(without, with_score)
-    factor = np.exp(value)
-    return [(float(f), float(f * s), bool(b)) for f, s, b in zip(factor, spread, bound, strict=True)]
+    count = len(without)
+    resampled = [factors(rng.integers(count, size=count))[0] for _ in range(draws)]
+    low, high = np.quantile(resampled, [0.16, 0.84], axis=0)
+    columns = (*factors(np.arange(count)), low, high)
+    return [Saved(float(f), float(a), float(b), str(bound)) for f, bound, a, b in zip(*columns, strict=True)]
 
 
 def print_saved(rows: list[dict], of: dict, score: str, value: str = "c2st") -> None:
@@ -60,7 +75,5 @@ def print_saved(rows: list[dict], of: dict, score: str, value: str = "c2st") -> 
     seeds = sorted({r["seed"] for r in chosen})
     by = {(r["score"], r["n"], r["seed"]): r[value] for r in chosen}
     tables = [[[by[kind, n, s] for n in sizes] for s in seeds] for kind in ("none", score)]
-    parts = []
-    for n, (factor, error, bound) in zip(sizes, simulations_saved(sizes, *tables), strict=True):
-        parts.append(f"{n}: {'> ' if bound else ''}{factor:.1f} ± {error:.1f}")
+    parts = [f"{n}: {saved}" for n, saved in zip(sizes, simulations_saved(sizes, *tables), strict=True)]
     print(f"  simulations saved by {score} scores, {' '.join(map(str, of.values()))}: " + "; ".join(parts))

@@ -108,14 +108,18 @@ def test_simulations_saved_is_the_factor_between_two_curves():
     noise = 0.002 * np.random.default_rng(0).standard_normal((2, 5, 3))
     without, better = curve(n) + noise[0], curve(3 * np.asarray(n)) + noise[1]
     saved = simulations_saved(n, without, better)
-    for factor, error, bound in saved[:2]:
-        assert abs(factor - 3) < 4 * error and error < 0.5 and not bound
-    assert saved[2][2] and saved[2][0] == pytest.approx(1.0)
+    for found in saved[:2]:
+        assert (
+            abs(found.factor - 3) < 4 * (found.high - found.low) / 2 and found.high - found.low < 1 and not found.bound
+        )
+        assert found.low < found.factor < found.high
+    assert saved[2].bound == ">" and saved[2].factor == pytest.approx(1.0)
     same = simulations_saved(n, without, without)
-    assert all(abs(factor - 1) < 1e-9 for factor, _, _ in same)
+    assert all(found == (pytest.approx(1), pytest.approx(1), pytest.approx(1), "") for found in same), "they are paired"
     worse = simulations_saved(n, better, without)
-    assert all(factor < 0.5 for factor, _, _ in worse[1:])
-    with pytest.raises(ValueError, match="columns of 3 sizes"):
+    assert worse[0].bound == "<" and all(found.factor < 0.5 and not found.bound for found in worse[1:])
+    assert str(worse[0]).startswith("<1 (")
+    with pytest.raises(ValueError, match="rows of 3 sizes"):
         simulations_saved(n, without[:, :2], better)
 
 
