@@ -22,19 +22,8 @@ import numpy as np
 
 import diffsbi as ds
 from diffsbi._files import read_json, write_json
-from diffsbi.compression import (
-    Aggregation,
-    FisherAggregation,
-    FisherSum,
-    Fishnet,
-    GraphFishnet,
-    MemberNetwork,
-    fit_fishnet,
-    patches,
-    set_loss,
-)
+from diffsbi.compression import FisherSum, Fishnet, MemberNetwork, fit_fishnet, patches
 from diffsbi.compression.networks import torus_convolution
-from diffsbi.inference import fit, split_rows
 from diffsbi.runs import start_run
 from experiments import command_line
 from experiments.curves import standard_error
@@ -124,28 +113,22 @@ def _information(fishnet, x):
 
 
 def _graphs(cfg: Config, run, case: str, seed: int) -> list[dict]:
-    key_draw, key_split, key_fit, *keys = jax.random.split(jax.random.fold_in(run.key("graphs"), seed), 5)
+    """Only the aggregation of messages differs: what the nodes then say is always added up."""
+    key_draw, key_fit = jax.random.split(jax.random.fold_in(run.key("graphs"), seed))
     toy = Velocities()
     u, graphs, _ = velocity_graphs(key_draw, toy, cfg.n_graphs, cfg.halos)
-    rows = dict(u=u, x=graphs, mask=jnp.ones((len(u), cfg.halos), bool), split=jnp.ones(len(u), int))
-    train, held_out = (jax.tree.map(lambda a, i=i: a[i], rows) for i in split_rows(key_split, len(u), 0.1))
-    held_out["split"] = 2 * held_out["split"]
-    n_in = graphs.edges.shape[-1] + 2 * graphs.nodes.shape[-1]
-    aggregation = FisherAggregation(keys[0], n_in, 3, width=24)
-    if case != "fisher":
-        aggregation = Aggregation(keys[0], n_in, aggregation.size, case, width=24)
-    network = GraphFishnet(aggregation, MemberNetwork(keys[1], aggregation.size + graphs.nodes.shape[-1], 2, width=24))
-    options = dict(max_epochs=cfg.graph_epochs, patience=9, batch_size=32, learning_rate=5e-3)
-    network, history = fit(key_fit, network, train, held_out, set_loss, **options)
-    return [_graph_test(cfg, run, toy, network, n) | dict(halos=n, epochs=len(history.train)) for n in cfg.test_halos]
+    how = "fishnet" if case == "fisher" else case
+    options = dict(max_epochs=cfg.graph_epochs, patience=9, batch_size=32, learning_rate=5e-3, width=24)
+    fishnet, history = fit_fishnet(key_fit, u, graphs, network=how, split=True, **options)
+    return [_graph_test(cfg, run, toy, fishnet, n) | dict(halos=n, epochs=len(history.train)) for n in cfg.test_halos]
 
 
-def _graph_test(cfg: Config, run, toy, network, n: int) -> dict:
+def _graph_test(cfg: Config, run, toy, fishnet: Fishnet, n: int) -> dict:
     """Loss above the exact posterior's, scatter in its units, and information that the estimates hold, over exact."""
-    u, graphs, (score, fisher) = velocity_graphs(jax.random.fold_in(run.key("test"), n), toy, 400, n)
-    mask = jnp.ones((len(u), n), bool)
-    found = eqx.filter_jit(jax.vmap(lambda x, m: network.pooled(network.members(x), m)))(graphs, mask)
-    return _posterior_errors(u, found, (score, fisher))
+    u, graphs, exact = velocity_graphs(jax.random.fold_in(run.key("test"), n), toy, 400, n)
+    found = _information(fishnet, graphs)
+    found = jax.vmap(lambda one: one.at(jnp.zeros(2)))(found)
+    return _posterior_errors(u, (found.score, found.fisher), exact)
 
 
 def _posterior_errors(u, found, exact) -> dict:

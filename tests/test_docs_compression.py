@@ -39,16 +39,19 @@ def test_information_at_one_point():
 
 
 @pytest.mark.slow
-def test_sets_and_graphs():
+def test_sets_and_graphs(tmp_path, monkeypatch):
     theta, x = regression_sets(jax.random.key(0), 300, 20)
     given = dict(jax=jax, theta=theta, x=x, mask=jnp.ones(x.shape[:2], bool), one_set=x[0], chunks=[x[0], x[1]])
-    exec(example("fit_fishnet(jax"), given)
+    exec(example("chunks)"), given)
     assert np.linalg.eigvalsh(given["found"].fisher).min() > 0
     u, graphs, _ = velocity_graphs(jax.random.key(1), Velocities(), 500, 8)
     graph = jax.tree.map(lambda a: a[0], graphs)
-    given = dict(jax=jax, jnp=jnp, u=u, graphs=graphs, graph=graph, mask=jnp.ones(8, bool))
-    exec(example("check_graph(graphs)"), given)
-    assert given["score"].shape == u[0].shape and given["history"].best_validation < given["history"].first_validation
+    mask = jnp.ones(8, bool)
+    given = dict(jax=jax, u=u, graphs=graphs, nodes=jnp.ones((500, 8), bool), graph=graph, mask=mask)
+    monkeypatch.chdir(tmp_path)
+    exec(example("u, graphs, nodes"), given)
+    assert given["history"].best_validation < given["history"].first_validation
+    np.testing.assert_array_equal(given["fishnet"].information(graph, mask).fisher, given["found"].fisher)
 
 
 @pytest.mark.slow

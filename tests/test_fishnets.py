@@ -296,6 +296,71 @@ def test_graphs_that_are_none_are_named(x64):
         aggregation(jnp.ones((4, 2)), jnp.array([0, 1, 2, 3]), 3)
 
 
+@pytest.fixture(scope="module")
+def graph_fit():
+    """(u, graphs, fishnet, history), and a fishnet of graphs in other units; the nodes' features are noise."""
+    with jax.enable_x64(True):
+        u, graphs, _ = velocity_graphs(jax.random.key(0), Velocities(), 120, 8)
+        nodes = 3 + 2 * jax.random.normal(jax.random.key(1), (120, 8, 1))
+        graphs = eqx.tree_at(lambda g: g.nodes, graphs, nodes)
+        scaled = eqx.tree_at(lambda g: (g.nodes, g.edges), graphs, (10 * graphs.nodes - 1, 5 * graphs.edges + 2))
+        options = dict(width=8, depth=1, max_epochs=8, learning_rate=1e-2)
+        fits = [fit_fishnet(jax.random.key(2), u, x, **options) for x in (graphs, scaled)]
+    return u, graphs, *fits[0], scaled, fits[1][0]
+
+
+def test_graphs_are_fitted_whatever_their_padding_and_units(graph_fit):
+    _, graphs, fishnet, history, scaled, same = graph_fit
+    assert history.best_validation < history.first_validation - 0.05
+    graph = jax.tree.map(lambda a: a[0], graphs)
+    found = fishnet.information(graph)
+    assert found.fisher.shape == (2, 2) and np.linalg.eigvalsh(found.fisher).min() > 0
+    pad = lambda a, value: jnp.concatenate([a, jnp.full((3, *a.shape[1:]), value, a.dtype)])  # noqa: E731
+    ends = (pad(graph.senders, 0), pad(graph.receivers, 10))
+    padded = Graph(pad(graph.nodes, jnp.nan), pad(graph.edges, jnp.nan), *ends, pad(graph.mask, False))
+    again = fishnet.information(padded, np.arange(11) < 8)
+    np.testing.assert_allclose(again.fisher, found.fisher, rtol=1e-9)
+    np.testing.assert_allclose(again.score, found.score, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(eqx.filter_jit(fishnet)(graph), fishnet(graph), rtol=1e-9, atol=1e-9)
+    two = stream(fishnet, [graph, second := jax.tree.map(lambda a: a[1], graphs)])
+    other = fishnet.information(second)
+    np.testing.assert_allclose(two.fisher, found.fisher + other.fisher, rtol=1e-9)
+    np.testing.assert_allclose(same(jax.tree.map(lambda a: a[0], scaled)), fishnet(graph), rtol=1e-6, atol=1e-6)
+
+
+def test_graphs_and_sets_are_not_confused(graph_fit, tmp_path):
+    u, graphs, fishnet, *_ = graph_fit
+    graph = jax.tree.map(lambda a: a[0], graphs)
+    off = np.ones((120, 8), bool)
+    off[4] = False
+    build = lambda key, **sizes: GraphFishnet.build(jax.random.key(key), (1, 4), 2, **sizes)  # noqa: E731
+    cases = [
+        (lambda: fishnet(jnp.ones((3, 1))), "Expected a Graph, as in training; got an array"),
+        (lambda: random_fishnet()(graph), "an array of members, as in training; got a Graph"),
+        (lambda: fishnet(graphs), r"nodes and edges of shapes \(n, 1\) and \(m, 4\); got \(120, 8, 1\)"),
+        (lambda: fishnet(graph, np.ones(7, bool)), r"mask of shape \(8,\)"),
+        (lambda: fishnet(graph, np.zeros(8, bool)), "at least one member"),
+        (lambda: fishnet(graph, np.arange(8) > 0), "that are nodes of the mask"),
+        (lambda: fishnet.information(graph, chunk=4), "chunk=None for a graph"),
+        (lambda: fit_fishnet(jax.random.key(0), u, graphs, off), "first of 1 empty ones is set 4"),
+        (lambda: fit_fishnet(jax.random.key(0), u[:9], graphs), r"\(sets, p\) with 120 sets"),
+        (lambda: fit_fishnet(jax.random.key(0), u, graphs, network="median"), "'attention'.*; got 'median'"),
+        (lambda: fit_fishnet(jax.random.key(0), u, graphs, validation=(u, graphs)), "120 of 120 are among"),
+        (lambda: fit_fishnet(jax.random.key(0), u, graphs, network=random_fishnet().network), "a network for graphs"),
+        (lambda: fit_fishnet(jax.random.key(0), u, graphs.nodes, network=build(0)), "a network for sets of members"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    save_fishnet(fishnet, tmp_path / "g")
+    with pytest.raises(ValueError, match=r"network=\.\.\."):
+        load_fishnet(tmp_path / "g")
+    with pytest.raises(ValueError, match="the arrays differ"):
+        load_fishnet(tmp_path / "g", build(0, width=9, depth=1))
+    again = load_fishnet(tmp_path / "g", build(0, width=8, depth=1))
+    np.testing.assert_array_equal(again(graph), fishnet(graph))
+
+
 # -- fits ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from diffsbi._types import Key, check_finite, check_key
 from diffsbi.compression.arrays import shared_rows
-from diffsbi.compression.fishnets import Fishnet, set_loss
+from diffsbi.compression.fishnets import Fishnet, check_members, set_loss
+from diffsbi.compression.graphs import AGGREGATIONS, Graph, GraphFishnet
 from diffsbi.compression.saving import check_probe, fixed_input, load_module, read_header, save_module
-from diffsbi.compression.sets import POOLS, AbstractSetNetwork, DeepSet, FisherSum, MemberNetwork, check_set
+from diffsbi.compression.sets import POOLS, AbstractSetNetwork, DeepSet, FisherSum, MemberNetwork
 from diffsbi.inference.losses import zero_at_first
 from diffsbi.inference.training import History, fit, split_rows
 
@@ -31,25 +32,27 @@ def fit_fishnet(
     form: str = "residual",
     width: int = 32,
     depth: int = 2,
-    split: bool = True,
+    split: bool | None = None,
     start: bool = True,
     validation: tuple | float = 0.1,
     learning_rate: float = 3e-3,
     **options,
 ) -> tuple[Fishnet, History]:
-    r"""Train a `Fishnet` on sets `x (n_sets, n, *event)` of parameters `theta (n_sets, p)`.
+    r"""Train a `Fishnet` on sets `x (n_sets, n, *event)` of parameters `theta (n_sets, p)`, or on graphs.
 
     Args:
         key: Initial weights, order of the rows, how sets are split.
         theta: Parameters; their mean is the fiducial, their covariance the prior's.
         x: Members of every set, padded to the same number. Features that a score is a simple function of help: the
-            logarithm of a noise level rather than the level.
-        mask: True where there is a member, `(n_sets, n)`; None where all sets are full.
-        network: "fishnet", a deep set with "sum", "mean" or "max", or an `AbstractSetNetwork` of your own.
+            logarithm of a noise level rather than the level. Or a `Graph` with a leading axis of n_sets.
+        mask: True where there is a member (a node), `(n_sets, n)`; None where all sets are full.
+        network: "fishnet", a deep set with "sum", "mean" or "max", or an `AbstractSetNetwork` of your own. For graphs
+            a `GraphFishnet`: "fishnet", whose messages have Fisher weights, or the other `AGGREGATIONS`.
         form: Of the members' Fisher matrices (`MemberNetwork`).
         width: Hidden units.
         depth: Hidden layers.
-        split: Whether random parts of a set are sets too (`set_loss`): members independent given theta.
+        split: Whether random parts of a set are sets too (`set_loss`): members independent given theta. By default
+            so for sets; of a graph's nodes you must know.
         start: First fit the linear map of a "residual" `FisherSum` alone: few weights, in seconds. The perceptron
             then learns what is missing from it.
         validation: A fraction of the sets, or `(theta, x, mask)` of others. Of n sets, the epoch that is kept has
@@ -65,7 +68,9 @@ def fit_fishnet(
             validation sets that are training sets as well.
     """
     key_network, key_split, key_start, key_fit = jax.random.split(check_key(key), 4)
-    event = np.shape(x)[2:]
+    graphs = isinstance(x, Graph)
+    event = (np.shape(x.nodes)[-1:], np.shape(x.edges)[-1:]) if graphs else np.shape(x)[2:]
+    split = not graphs if split is None else split
     data = _checked(theta, x, mask, event)
     if isinstance(validation, tuple):
         theta, x, mask = (*validation, None)[:3]
@@ -75,9 +80,9 @@ def fit_fishnet(
             raise ValueError(f"Expected validation with {p} parameters, as in training; got {got}.")
     else:
         chosen = split_rows(key_split, len(data[0]), validation)
-        train, held_out = (tuple(a[rows] for a in data) for rows in chosen)
+        train, held_out = (jax.tree.map(lambda a, rows=rows: a[rows], data) for rows in chosen)
     _check_disjoint(train, held_out)
-    module = _build(key_network, network, int(np.prod(event)), train[0].shape[1], form, width, depth)
+    module = _build(key_network, network, event, train[0].shape[1], form, width, depth)
     fishnet = _scaled(module, *train)
     rows, others = _rows(fishnet, train, int(split)), _rows(fishnet, held_out, 2 * split)
     options = {"batch_size": 32, "patience": 15, "max_epochs": 100} | options
@@ -101,15 +106,16 @@ def _linear_start(key, network: FisherSum, rows, others, options) -> FisherSum:
 
 def _checked(theta, x, mask, event: tuple[int, ...]) -> tuple:
     theta = np.asarray(theta)
-    if theta.ndim != 2 or len(theta) != np.shape(x)[0]:
-        raise ValueError(f"Expected theta of shape (sets, p) with {np.shape(x)[0]} sets, as x; got {theta.shape}.")
+    count = np.shape(jax.tree.leaves(x)[0])[0]
+    if theta.ndim != 2 or len(theta) != count:
+        raise ValueError(f"Expected theta of shape (sets, p) with {count} sets, as x; got {theta.shape}.")
     check_finite("theta", theta)
-    x, mask = check_set(x, mask, event, batch=True)
+    x, mask = check_members(x, mask, event, batch=True)
     return jnp.asarray(theta, jnp.result_type(float)), x, mask
 
 
 def _check_disjoint(train, held_out) -> None:
-    shared = shared_rows(train, held_out)
+    shared = shared_rows(jax.tree.leaves(train), jax.tree.leaves(held_out))
     if shared:
         raise ValueError(
             f"Expected validation sets that are not trained on; {shared} of {len(held_out[0])} are among the "
@@ -117,11 +123,19 @@ def _check_disjoint(train, held_out) -> None:
         )
 
 
-def _build(key, network, n_in, dim, form, width, depth) -> AbstractSetNetwork:
+def _build(key, network, event, dim, form, width, depth) -> AbstractSetNetwork:
+    graphs = _of_graphs(event)
     if isinstance(network, AbstractSetNetwork):
+        if isinstance(network, FisherSum | DeepSet if graphs else GraphFishnet):
+            what = "graphs" if graphs else "sets of members"
+            raise ValueError(f"Expected a network for {what}; got a {type(network).__name__}.")
         return network
-    if network not in KINDS:
-        raise ValueError(f"Expected network to be one of {list(KINDS)} or an AbstractSetNetwork; got {network!r}.")
+    kinds = ("fishnet", *AGGREGATIONS) if graphs else KINDS
+    if network not in kinds:
+        raise ValueError(f"Expected network to be one of {list(kinds)} or an AbstractSetNetwork; got {network!r}.")
+    if graphs:
+        return GraphFishnet.build(key, (event[0][0], event[1][0]), dim, network, width=width, depth=depth)
+    n_in = int(np.prod(event))
     if network == "fishnet":
         return FisherSum(MemberNetwork(key, n_in, dim, width=width, depth=depth, form=form))  # type: ignore[arg-type]
     return DeepSet(key, n_in, dim, network, width=width, depth=depth)
@@ -129,8 +143,11 @@ def _build(key, network, n_in, dim, form, width, depth) -> AbstractSetNetwork:
 
 def _scaled(network, theta, x, mask) -> Fishnet:
     """The fishnet with its standardisation, in float64 until the end."""
-    members = np.asarray(x, float)[np.asarray(mask)]
-    scale = members.std(0)
+    if isinstance(x, Graph):
+        parts = [_moments(x.nodes, mask), _moments(x.edges, x.mask)]
+        moments: tuple = tuple(zip(*parts, strict=True))
+    else:
+        moments = _moments(x, mask)
     theta = np.asarray(theta, float)
     unit = theta.std(0, ddof=1)
     if not (unit > 0).all() or np.linalg.eigvalsh(np.atleast_2d(np.corrcoef(theta.T))).min() < _SINGULAR:
@@ -139,8 +156,19 @@ def _scaled(network, theta, x, mask) -> Fishnet:
             "Leave the superfluous ones out of theta."
         )
     root = np.linalg.cholesky(np.atleast_2d(np.cov(theta.T)))
-    numbers = (members.mean(0), np.where(scale > 0, scale, 1.0), theta.mean(0), root)
-    return Fishnet(network, *(jnp.asarray(a, jnp.result_type(float)) for a in numbers))
+    numbers = jax.tree.map(lambda a: jnp.asarray(a, jnp.result_type(float)), (*moments, theta.mean(0), root))
+    return Fishnet(network, *numbers)
+
+
+def _moments(x, mask) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of what is there; 1 for what does not vary."""
+    members = np.asarray(x, float)[np.asarray(mask, bool)]
+    scale = members.std(0)
+    return members.mean(0), np.where(scale > 0, scale, 1.0)
+
+
+def _of_graphs(event) -> bool:
+    return bool(event) and isinstance(event[0], tuple)
 
 
 def _rows(fishnet: Fishnet, data: tuple, split: int) -> dict[str, Any]:
@@ -152,7 +180,7 @@ def _rows(fishnet: Fishnet, data: tuple, split: int) -> dict[str, Any]:
 
 def save_fishnet(fishnet: Fishnet, path) -> None:
     """Write a fishnet: a JSON header with its architecture, a checksum and the arrays; no pickle."""
-    event = list(fishnet.x_loc.shape)
+    event = fishnet.event
     header = {"architecture": _architecture(fishnet.network), "event": event, "dim": len(fishnet.fiducial)}
     about = {"dtype": str(fishnet.root.dtype), "probe": _probed(fishnet.network, event)}
     save_module(path, KIND, fishnet, header | about)
@@ -172,14 +200,16 @@ def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
     if header["dtype"] != str(jnp.dtype(jnp.result_type(float))):
         here = jnp.dtype(jnp.result_type(float))
         raise ValueError(f"Expected floats of {here}, the precision JAX is set to; {path} has {header['dtype']}.")
-    event, dim, architecture = tuple(header["event"]), header["dim"], header["architecture"]
+    event = tuple(tuple(n) if isinstance(n, list) else n for n in header["event"])
+    dim, architecture = header["dim"], header["architecture"]
     if network is None:
         if architecture is None:
             raise ValueError(f"Expected network=..., the architecture that {path} was fitted with: it is your own.")
-        network = _build(jax.random.key(0), n_in=int(np.prod(event)), dim=dim, **architecture)
+        network = _build(jax.random.key(0), event=event, dim=dim, **architecture)
     elif architecture is not None and _architecture(network) != architecture:
         raise ValueError(f"Expected a network of {architecture}, as in {path}; got {_architecture(network)}.")
-    like = Fishnet(network, jnp.zeros(event), jnp.ones(event), jnp.zeros(dim), jnp.eye(dim))
+    loc = tuple(jnp.zeros(shape) for shape in event) if _of_graphs(event) else jnp.zeros(event)
+    like = Fishnet(network, loc, loc, jnp.zeros(dim), jnp.eye(dim))
     fishnet = load_module(path, about, payload, like)
     if "probe" in header:  # not in files of older versions
         check_probe(path, _probed(fishnet.network, event), header["probe"])
@@ -188,9 +218,16 @@ def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
 
 def _probed(network: AbstractSetNetwork, event) -> list[float]:
     """What the network says of a fixed set."""
-    members = fixed_input([(_PROBED, *event), 0.0, 1.0])
+    members = _fixed_graph(event) if _of_graphs(event) else fixed_input([(_PROBED, *event), 0.0, 1.0])
     score, fisher = network.pooled(network.members(members), jnp.ones(_PROBED, bool))
     return [*np.asarray(score, float).tolist(), *np.asarray(fisher, float).ravel().tolist()]
+
+
+def _fixed_graph(event) -> Graph:
+    """A ring."""
+    nodes, edges = (fixed_input([(_PROBED, *shape), 0.0, 1.0]) for shape in event)
+    ends = jnp.arange(_PROBED)
+    return Graph(nodes, edges, ends, (ends + 1) % _PROBED, jnp.ones(_PROBED, bool))
 
 
 def _architecture(network) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ know, and empty and tiny sets have a singular matrix.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Float, Key
+from diffsbi.compression.graphs import Graph, check_graphs
 from diffsbi.compression.sets import AbstractSetNetwork, check_set, cholesky, solve_lower
 
 GROUPS = 8  # parts that a set is split into while training
@@ -47,20 +49,22 @@ class Information(eqx.Module):
 class Fishnet(eqx.Module):
     r"""A compression of sets: x `(n, *event)`, mask `(n,)` → $\hat\theta = (F + P)^{-1} t + \theta_0$, `(p,)`.
 
+    Or of graphs, whose nodes are the members: x is a `Graph`, the mask that of its nodes.
+
     The network works with standardised members and whitened parameters $u = R^{-1}(\theta - \theta_0)$, in which the
     prior's precision is the identity: $t = R^{-T} t_u$, $F = R^{-T} F_u R^{-1}$, $P = R^{-T} R^{-1}$.
 
     Attributes:
         network: What is trained; `FisherSum`, or a baseline.
-        x_loc: Mean of the training members, shape of one member.
+        x_loc: Mean of the training members, shape of one member; of nodes and of edges `((d,), (e,))` of graphs.
         x_scale: Their standard deviation.
         fiducial: $\theta_0$, the mean of the training parameters, `(p,)`.
         root: R, Cholesky factor of their covariance, `(p, p)`.
     """
 
     network: AbstractSetNetwork
-    x_loc: Array
-    x_scale: Array
+    x_loc: Any
+    x_scale: Any
     fiducial: Float[Array, " p"]
     root: Float[Array, "p p"]
 
@@ -84,22 +88,51 @@ class Fishnet(eqx.Module):
         Raises:
             ValueError: For shapes that do not fit, or, outside jit, a set without members or with non-finite ones.
         """
-        return _information(self, *check_set(x, mask, self.x_loc.shape), chunk)
+        x, mask = check_members(x, mask, self.event)
+        if chunk is not None and isinstance(x, Graph):
+            raise ValueError(f"Expected chunk=None for a graph, whose nodes are known together; got {chunk}.")
+        return _information(self, x, mask, chunk)
 
-    def standardised(self, x: Array, mask: Array) -> Array:
+    @property
+    def event(self) -> tuple:
+        """Shape of a member; of nodes and of edges `((d,), (e,))` of graphs."""
+        graph = isinstance(self.x_loc, tuple)
+        return tuple(a.shape for a in self.x_loc) if graph else self.x_loc.shape
+
+    def standardised(self, x, mask: Array):
         """Members in units of the training members' scatter, `(*n, *event)`; zeros where there is none."""
-        there = mask.reshape(mask.shape + (1,) * self.x_loc.ndim)
-        loc = jnp.broadcast_to(self.x_loc, x.shape)
-        x = jnp.where(there, x, loc)  # before the arithmetic: what is not there may be NaN, in gradients too
-        return (x - loc) / jnp.broadcast_to(self.x_scale, x.shape)
+        if not isinstance(x, Graph):
+            return _standardised(x, mask, self.x_loc, self.x_scale)
+        masks, numbers = (mask, x.mask), zip(self.x_loc, self.x_scale, strict=True)
+        parts = zip((x.nodes, x.edges), masks, numbers, strict=True)
+        nodes, edges = (_standardised(features, there, *of) for features, there, of in parts)
+        return Graph(nodes, edges, x.senders, x.receivers, x.mask)
 
     def _outer(self, fisher):
         half = jax.scipy.linalg.solve_triangular(self.root, fisher, trans=1, lower=True)
         return jax.scipy.linalg.solve_triangular(self.root, half.T, trans=1, lower=True)
 
 
+def check_members(x, mask, event: tuple, *, batch: bool = False, empty: bool = False):
+    """A set or a graph (many with `batch`) and its mask, checked against the `event` of a `Fishnet`."""
+    of_graphs = bool(event) and isinstance(event[0], tuple)
+    if of_graphs != isinstance(x, Graph):
+        wanted, got = ("a Graph", "an array") if of_graphs else ("an array of members", "a Graph")
+        raise ValueError(f"Expected {wanted}, as in training; got {got}.")
+    if of_graphs:
+        return check_graphs(x, mask, (event[0][0], event[1][0]), batch=batch)
+    return check_set(x, mask, event, batch=batch, empty=empty)
+
+
+def _standardised(x: Array, mask: Array, loc: Array, scale: Array) -> Array:
+    there = mask.reshape(mask.shape + (1,) * loc.ndim)
+    loc = jnp.broadcast_to(loc, x.shape)
+    x = jnp.where(there, x, loc)  # before the arithmetic: what is not there may be NaN, in gradients too
+    return (x - loc) / jnp.broadcast_to(scale, x.shape)
+
+
 @eqx.filter_jit
-def _information(fishnet: Fishnet, x: Array, mask: Array, chunk: int | None) -> Information:
+def _information(fishnet: Fishnet, x, mask: Array, chunk: int | None) -> Information:
     network, x = fishnet.network, fishnet.standardised(x, mask)
     if chunk is None:
         score, fisher = network.pooled(network.members(x), mask)
@@ -133,7 +166,8 @@ def stream(fishnet: Fishnet, chunks: Iterable) -> Information:
 
     Args:
         fishnet: A `Fishnet` that adds its members up.
-        chunks: Parts of the set, `x (n, *event)` or `(x, mask)`; equal shapes compile once.
+        chunks: Parts of the set, `x (n, *event)` or `(x, mask)`, or graphs that share no edge; equal shapes compile
+            once.
 
     Raises:
         ValueError: For no chunks, or where `Fishnet.information` raises, naming the chunk.
@@ -144,7 +178,7 @@ def stream(fishnet: Fishnet, chunks: Iterable) -> Information:
     for i, part in enumerate(chunks):
         x, mask = part if isinstance(part, tuple) else (part, None)
         try:
-            x, mask = check_set(x, mask, fishnet.x_loc.shape, empty=True)
+            x, mask = check_members(x, mask, fishnet.event, empty=True)
         except ValueError as error:
             raise ValueError(f"Chunk {i}: {error}") from error
         found = _information(fishnet, x, mask, None)

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Array, Float, Key, check_key
-from diffsbi.compression.sets import AbstractFisherSum, MemberNetwork, cholesky, residual_mlp, solve_lower
+from diffsbi.compression.sets import (
+    AbstractFisherSum,
+    MemberNetwork,
+    check_mask,
+    cholesky,
+    residual_mlp,
+    solve_lower,
+)
 
 AGGREGATIONS = ("sum", "mean", "max", "attention")
 
@@ -143,11 +150,27 @@ class Aggregation(eqx.Module):
 class GraphFishnet(AbstractFisherSum):
     r"""A graph → (t, F): messages aggregated at the nodes, and the nodes' scores and Fisher matrices added up.
 
-    Give it to `fit` with `set_loss`, with batches of `Graph` as x and the mask of the nodes as mask.
+    `fit_fishnet(key, theta, graphs)` makes and trains one; the nodes are the members of the set.
     """
 
     aggregation: FisherAggregation | Aggregation
     node: MemberNetwork
+
+    @classmethod
+    def build(
+        cls, key: Key, sizes: tuple[int, int], dim: int, how: str = "fishnet", *, width: int = 32, depth: int = 2
+    ) -> "GraphFishnet":
+        """For `sizes` (d, e) features of nodes and edges and `dim` parameters, how: "fishnet" or an `Aggregation`'s.
+
+        Messages are about dim + 1 latent numbers, one for what is a node's own.
+        """
+        keys, (d, e) = jax.random.split(key), sizes
+        aggregation: FisherAggregation | Aggregation
+        aggregation = FisherAggregation(keys[0], 2 * d + e, dim + 1, width=width, depth=depth)
+        if how != "fishnet":
+            size = aggregation.size
+            aggregation = Aggregation(keys[0], 2 * d + e, size, how, width=width, depth=depth)  # type: ignore[arg-type]
+        return cls(aggregation, MemberNetwork(keys[1], d + aggregation.size, dim, width=width, depth=depth))
 
     def members(self, x: Graph):
         received = self.aggregation(x.messages(), x.receivers, len(x.nodes), x.mask)
@@ -172,8 +195,29 @@ def _softmax(logits: Float[Array, " m"], receivers, n_nodes: int) -> Float[Array
     return weights / jnp.where(total > 0, total, 1.0)[receivers]
 
 
-def check_graph(graph: Graph) -> None:
+def check_graphs(graphs: Graph, mask, sizes: tuple[int, int], *, batch: bool = False) -> tuple[Graph, Array]:
+    """One graph (many with `batch`) of `sizes` (d, e) features of nodes and edges, and the mask of its nodes, checked.
+
+    Raises:
+        ValueError: As `check_graph` and `check_set`; inside jit only shapes are known.
+    """
+    shapes = jnp.shape(graphs.nodes), jnp.shape(graphs.edges)
+    if len(shapes[0]) != 2 + batch or (shapes[0][-1], shapes[1][-1]) != tuple(sizes):
+        leading = "graphs, " if batch else ""
+        wanted = f"({leading}n, {sizes[0]}) and ({leading}m, {sizes[1]})"
+        raise ValueError(f"Expected nodes and edges of shapes {wanted}; got {shapes[0]} and {shapes[1]}.")
+    mask = check_mask(mask, shapes[0][:-1])
+    if not any(isinstance(a, jax.core.Tracer) for a in (*jax.tree.leaves(graphs), mask)):
+        check_graph(graphs, mask)
+    nodes, edges = (jnp.asarray(a, jnp.result_type(float)) for a in (graphs.nodes, graphs.edges))
+    senders, receivers = jnp.asarray(graphs.senders), jnp.asarray(graphs.receivers)
+    return Graph(nodes, edges, senders, receivers, jnp.asarray(graphs.mask, bool)), mask
+
+
+def check_graph(graph: Graph, nodes_mask=None) -> None:
     """Check one graph, or many with a leading axis, before training: inside jit nothing is known of the numbers.
+
+    `nodes_mask` is True where there is a node; None: everywhere.
 
     Raises:
         ValueError: For shapes that do not fit, no edges, senders or receivers that are no nodes, and features that are
@@ -190,9 +234,16 @@ def check_graph(graph: Graph) -> None:
     if not (counts := np.atleast_1d(there.sum(-1))).all():
         none = int(np.sum(counts == 0))
         raise ValueError(f"Expected graphs with at least one edge; {none} of {counts.size} have none.")
+    known = np.ones(nodes.shape[:-1], bool) if nodes_mask is None else np.asarray(nodes_mask, bool)
     for name, ends in (("senders", np.asarray(graph.senders)), ("receivers", np.asarray(graph.receivers))):
         _check_ends(name, ends, there, nodes.shape[-2])
-    for name, features, used in (("nodes", nodes, np.ones(nodes.shape[:-1], bool)), ("edges", edges, there)):
+        none = there & ~np.take_along_axis(known, np.where(there, ends, 0), -1)
+        if none.any():
+            first = tuple(map(int, np.argwhere(none)[0]))
+            raise ValueError(
+                f"Expected {name} that are nodes of the mask; {int(none.sum())} are not, first at {first}."
+            )
+    for name, features, used in (("nodes", nodes, known), ("edges", edges, there)):
         bad = ~np.isfinite(features).all(-1) & used
         if bad.any():
             first = tuple(map(int, np.argwhere(bad)[0]))

@@ -220,22 +220,32 @@ def check_set(x, mask, event: tuple[int, ...], *, batch: bool = False, empty: bo
     if np.ndim(x) != leading + len(event) or np.shape(x)[leading:] != event:
         raise ValueError(f"Expected x of shape ({what}); got {np.shape(x)}.")
     rows = np.shape(x)[:leading]
-    if mask is None:
-        mask = jnp.ones(rows, bool)
-    elif np.shape(mask) != rows:
-        raise ValueError(f"Expected mask of shape {rows}, one entry for each member; got {np.shape(mask)}.")
+    mask = check_mask(mask, rows, empty=empty)
     if isinstance(x, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
-        return x, jnp.asarray(mask, bool)
+        return x, mask
     mask = np.asarray(mask)
-    if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
-        raise ValueError("Expected mask of True and False, or 1 and 0; got other values. Weights are no masks.")
-    mask = mask.astype(bool)
-    if not empty and not (counts := mask.sum(-1)).all():
-        which = f"; the first of {int(np.sum(counts == 0))} empty ones is set {int(np.argmin(counts))}" if batch else ""
-        raise ValueError(f"Expected sets with at least one member{which}. Leave such sets out, or mend the mask.")
     good = np.isfinite(np.asarray(x)).reshape(*rows, -1).all(-1) | ~mask
     if not good.all():
         first = tuple(int(i) for i in np.argwhere(~good)[0])
         advice = "Mask them out, or mend the simulator"
         raise ValueError(f"Expected finite members; {int((~good).sum())} are not, the first at {first}. {advice}.")
     return jnp.asarray(x), jnp.asarray(mask)
+
+
+def check_mask(mask, rows: tuple[int, ...], *, empty: bool = False) -> Array:
+    """The mask of one set, `rows` (n,), or of many, (sets, n), as booleans; None: all. Errors as of `check_set`."""
+    if mask is None:
+        mask = jnp.ones(rows, bool)
+    elif np.shape(mask) != rows:
+        raise ValueError(f"Expected mask of shape {rows}, one entry for each member; got {np.shape(mask)}.")
+    if isinstance(mask, jax.core.Tracer):
+        return mask.astype(bool)
+    mask = np.asarray(mask)
+    if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
+        raise ValueError("Expected mask of True and False, or 1 and 0; got other values. Weights are no masks.")
+    mask = mask.astype(bool)
+    if not empty and not (counts := mask.sum(-1)).all():
+        many = f"; the first of {int(np.sum(counts == 0))} empty ones is set {int(np.argmin(counts))}"
+        which = many if len(rows) > 1 else ""
+        raise ValueError(f"Expected sets with at least one member{which}. Leave such sets out, or mend the mask.")
+    return jnp.asarray(mask)

@@ -35,7 +35,7 @@ class Rounds(eqx.Module):
             that they were drawn from (TSNPE), or where the mixture of proposals is smaller than at any of them, which
             is cut off where the correction is "reweight" (`ReweightedPosterior.leakage`). 0 for likelihoods and
             ratios, and for the whole prior, whose support no density leaves.
-        simulations: Simulations of all rounds.
+        simulations: Simulations of all rounds, without those that the estimator brought.
         stop_reason: Why it ended.
     """
 
