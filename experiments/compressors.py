@@ -61,7 +61,7 @@ class Config(MapConfig):
     """
 
     compressors: tuple[str, ...] = LOSSES + OTHERS
-    n: tuple[int, ...] = (1000, 4000)
+    n: tuple[int, ...] = (4000,)
     n_inference: int = 1000
     n_test: int = 500
     seeds: int = 3
@@ -71,7 +71,7 @@ class Config(MapConfig):
     steps: int = 1600
     max_epochs: int = 300
     learning_rate: float = 2e-3
-    weight_decay: float = 0.0
+    weight_decay: float = 0.1
     imnn_share: float = 0.4
     imnn_steps: int = 60
     n_samples: int = 4000
@@ -86,6 +86,7 @@ PRESETS = {
         ess=20, n_warmup=20, n_draws=40, n_chains=2, n_spectrum=10,
     ),
     "paper": Config(),
+    "few": Config(compressors=("vmim", WITHOUT, *OTHERS), n=(1000,)),
 }  # fmt: skip
 
 

@@ -121,6 +121,20 @@ def test_training_starts_at_the_linear_answer_and_improves(compressors):
         assert compressor.n_simulations == N
 
 
+def test_decay_pulls_no_constant(simulations):
+    """Whitening of the features and units of the residual are what they were before training."""
+    sim, draws, _ = simulations
+    options = dict(prior=sim, loss="gnll", max_epochs=15)
+    theta, x = draws.theta, draws.x
+    with_decay, without = (
+        fit_compressor(jax.random.key(0), network(), theta, x, weight_decay=w, **options) for w in (1.0, 0.0)
+    )
+    for name in ("loc", "whiten", "lower"):
+        np.testing.assert_array_equal(getattr(with_decay, name), getattr(without, name))
+    assert min(with_decay.history.best_epoch, without.history.best_epoch) > 0
+    assert not np.array_equal(with_decay.linear, without.linear)
+
+
 def test_it_comes_back_from_its_file(compressors, simulations, tmp_path):
     _, _, test = simulations
     compressor, path = compressors["mse"], tmp_path / "compressor"

@@ -57,6 +57,23 @@ def test_same_key_same_fit():
     assert float(fits[0].slope) == float(fits[1].slope) != float(fits[2].slope)
 
 
+def test_weights_decay_and_constants_stay():
+    class Shifted(Line):
+        shift: jax.Array = eqx.field(default_factory=lambda: jnp.ones(()))
+
+    def loss(params, static, batch, key):
+        model = eqx.combine(params, static)
+        return jnp.mean((model.slope * batch["x"] + jax.lax.stop_gradient(model.shift) - batch["y"]) ** 2)
+
+    options = {"max_epochs": 300, "batch_size": 20, "learning_rate": 5e-2, "keep": "last"}
+    free, pulled = (
+        fit(jax.random.key(0), Shifted(jnp.zeros(())), data(50), data(20, 1), loss, weight_decay=decay, **options)[0]
+        for decay in (0.0, 1.0)
+    )
+    assert free.shift == pulled.shift == 1.0
+    assert 0.0 < pulled.slope < free.slope - 0.1
+
+
 def test_the_validation_loss_has_the_same_noise_in_every_epoch():
     noisy = lambda params, static, batch, key: squared(params, static, batch, key) + jax.random.normal(key)  # noqa: E731
     _, history = fit(jax.random.key(0), line(), data(64), data(20, 1), noisy, max_epochs=3, learning_rate=1e-9)

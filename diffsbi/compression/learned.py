@@ -121,7 +121,7 @@ def fit_compressor(
     batch_size: int = 64,
     patience: int = 20,
     learning_rate: float = 1e-3,
-    weight_decay: float = 0.0,
+    weight_decay: float = 0.1,
     progress: bool = False,
 ) -> Compressor:
     r"""Train `network` to compress x to one number for each parameter.
@@ -146,8 +146,8 @@ def fit_compressor(
         validation: (theta, x) or (theta, x, score) of rows to stop by; by default a part of the training rows.
         validation_fraction: That part.
         width: Hidden units of the head g.
-        max_epochs, batch_size, patience, learning_rate, weight_decay, progress: Of `inference.training.fit`. Decay
-            pulls the readout away from the linear start as well: it can cost more than the network wins.
+        max_epochs, batch_size, patience, learning_rate, weight_decay, progress: Of `inference.training.fit`. Strong
+            decay (1) pulls the readout away from its linear start by more than the network wins.
 
     Raises:
         ValueError: Wrong shapes, values that are not finite, fewer than 20 rows, validation rows that are training

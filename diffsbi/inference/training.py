@@ -105,7 +105,8 @@ def fit(
         batch_size: Rows per step (fewer where there are fewer).
         patience: Epochs without improvement of the validation loss before stopping.
         learning_rate: First step size.
-        weight_decay: Pull of every parameter towards zero, per step and unit of step size (as AdamW).
+        weight_decay: Pull of every parameter towards zero, per step and unit of step size (as AdamW). What has no
+            gradient (a constant of the model, held by `stop_gradient`) stays as it is.
         min_epochs: Epochs before patience may end the fit.
         keep: "best" or "last" epoch; the last one whose loss is finite.
         average: Decay per step of a moving average of the weights, which is then what is validated and returned:
@@ -258,7 +259,7 @@ def _epoch(state, static, train, validation, keys, rates, loss, batches, has_mea
         batch = jax.tree.map(lambda a: a[index], train)
         value, gradient = jax.value_and_grad(measured, has_aux=True)(params, batch, key)
         updates, state = _optimizer().update(gradient, state, params)
-        params = jax.tree.map(lambda p, u: p - rates[0] * u - rates[1] * p, params, updates)
+        params = jax.tree.map(lambda p, u: p - rates[0] * u - rates[1] * jnp.where(u == 0, 0, p), params, updates)
         mean = jax.tree.map(lambda m, p: p + rates[2] * (m - p), mean, params)
         return (params, mean, state), value
 
