@@ -37,8 +37,8 @@ class Saved(NamedTuple):
         return f"{self.bound}{self.factor:.2g} ({self.low:.2g} to {self.high:.2g})"
 
 
-def simulations_saved(n, without, with_score, *, draws: int = 1000, seed: int = 0) -> list[Saved]:
-    """For each n, how many times as many simulations the fits without scores need to come as near.
+def simulations_saved(n, without, with_score, n_with=None, *, draws: int = 1000, seed: int = 0) -> list[Saved]:
+    """For each n with scores, how many times as many simulations the fits without need to come as near.
 
     The mean curve without scores, made monotone, is interpolated in log n at the mean with scores. Nothing is known
     beyond its ends: from n the factor is at most max(n) / n and at least min(n) / n, and a bound there. The seeds are
@@ -47,18 +47,21 @@ def simulations_saved(n, without, with_score, *, draws: int = 1000, seed: int = 
     Args:
         n: Numbers of simulations, increasing, (k,).
         without: Distances without scores, (seeds, k).
-        with_score: With scores, of the same seeds, (seeds, k).
+        with_score: With scores, of the same seeds, (seeds, m).
+        n_with: Numbers of simulations of its columns, (m,); None: those of `without`.
         draws: Resamplings.
         seed: Of them.
     """
     n, without, with_score = np.asarray(n, float), np.asarray(without, float), np.asarray(with_score, float)
-    if without.shape[1:] != n.shape or with_score.shape != without.shape:
-        raise ValueError(f"Expected rows of {len(n)} sizes, as many; got {without.shape} and {with_score.shape}.")
+    n_with = n if n_with is None else np.asarray(n_with, float)
+    if without.shape != (len(without), len(n)) or with_score.shape != (len(without), len(n_with)):
+        sizes = f"{len(n)} and {len(n_with)} sizes, as many"
+        raise ValueError(f"Expected rows of {sizes}; got {without.shape} and {with_score.shape}.")
 
     def factors(rows):
         falling, wanted = np.minimum.accumulate(without[rows].mean(0)), with_score[rows].mean(0)
         bound = np.where(wanted < falling[-1], ">", np.where(wanted > falling[0], "<", ""))
-        return np.exp(np.interp(-wanted, -falling, np.log(n))) / n, bound
+        return np.exp(np.interp(-wanted, -falling, np.log(n))) / n_with, bound
 
     rng = np.random.default_rng(seed)
     count = len(without)
@@ -71,9 +74,11 @@ def simulations_saved(n, without, with_score, *, draws: int = 1000, seed: int = 
 def print_saved(rows: list[dict], of: dict, score: str, value: str = "c2st") -> None:
     """A line with `simulations_saved` by `score` against "none", among the rows that have the entries `of`."""
     chosen = [row for row in rows if all(row[k] == v for k, v in of.items())]
-    sizes = sorted({r["n"] for r in chosen if r["score"] == score})
+    sizes = [sorted({r["n"] for r in chosen if r["score"] == kind}) for kind in ("none", score)]
     seeds = sorted({r["seed"] for r in chosen})
     by = {(r["score"], r["n"], r["seed"]): r[value] for r in chosen}
-    tables = [[[by[kind, n, s] for n in sizes] for s in seeds] for kind in ("none", score)]
-    parts = [f"{n}: {saved}" for n, saved in zip(sizes, simulations_saved(sizes, *tables), strict=True)]
+    kinds = zip(("none", score), sizes, strict=True)
+    tables = [[[by[kind, n, s] for n in of_kind] for s in seeds] for kind, of_kind in kinds]
+    saved = simulations_saved(sizes[0], *tables, sizes[1])
+    parts = [f"{n}: {factor}" for n, factor in zip(sizes[1], saved, strict=True)]
     print(f"  simulations saved by {score} scores, {' '.join(map(str, of.values()))}: " + "; ".join(parts))

@@ -119,7 +119,9 @@ def test_simulations_saved_is_the_factor_between_two_curves():
     worse = simulations_saved(n, better, without)
     assert worse[0].bound == "<" and all(found.factor < 0.5 and not found.bound for found in worse[1:])
     assert str(worse[0]).startswith("<1 (")
-    with pytest.raises(ValueError, match="rows of 3 sizes"):
+    fewer = simulations_saved(n, without, better[:, :2], n[:2])
+    assert fewer == saved[:2]
+    with pytest.raises(ValueError, match="rows of 3 and 3 sizes"):
         simulations_saved(n, without[:, :2], better)
 
 

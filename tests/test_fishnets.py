@@ -342,6 +342,7 @@ def test_graphs_and_sets_are_not_confused(graph_fit, tmp_path):
         (lambda: fishnet(graph, np.zeros(8, bool)), "at least one member"),
         (lambda: fishnet(graph, np.arange(8) > 0), "that are nodes of the mask"),
         (lambda: fishnet.information(graph, chunk=4), "chunk=None for a graph"),
+        (lambda: stream(fishnet, [(graph, np.zeros(8, bool))]), "nodes of the mask"),
         (lambda: fit_fishnet(jax.random.key(0), u, graphs, off), "first of 1 empty ones is set 4"),
         (lambda: fit_fishnet(jax.random.key(0), u[:9], graphs), r"\(sets, p\) with 120 sets"),
         (lambda: fit_fishnet(jax.random.key(0), u, graphs, network="median"), "'attention'.*; got 'median'"),
@@ -353,12 +354,26 @@ def test_graphs_and_sets_are_not_confused(graph_fit, tmp_path):
         with pytest.raises(ValueError, match=message):
             call()
     save_fishnet(fishnet, tmp_path / "g")
+    with pytest.raises(ValueError, match="'width': 8"):
+        load_fishnet(tmp_path / "g", build(0, width=9, depth=1))
+    for again in (load_fishnet(tmp_path / "g"), load_fishnet(tmp_path / "g", build(0, width=8, depth=1))):
+        np.testing.assert_array_equal(again(graph), fishnet(graph))
+
+
+def test_files_of_graphs_know_how_messages_are_pooled(tmp_path):
+    """A sum, a mean and the largest have arrays of the same shapes; also where the networks are one's own."""
+    loc = (jnp.zeros(1), jnp.zeros(4))
+    scale = (jnp.ones(1), jnp.ones(4))
+    built = lambda how: GraphFishnet.build(jax.random.key(0), (1, 4), 2, how, width=8, depth=1)  # noqa: E731
+    own = lambda how: GraphFishnet(built(how).aggregation, MemberNetwork(jax.random.key(1), 10, 2, width=5))  # noqa: E731
+    for make, message in ((built, "Expected a network of .*'network': 'sum'"), (own, "makes .* of a fixed input")):
+        save_fishnet(Fishnet(make("sum"), loc, scale, FIDUCIAL, ROOT), tmp_path / "g")
+        assert load_fishnet(tmp_path / "g", make("sum")).network.aggregation.how == "sum"
+        for other in ("mean", "max"):
+            with pytest.raises(ValueError, match=message):
+                load_fishnet(tmp_path / "g", make(other))
     with pytest.raises(ValueError, match=r"network=\.\.\."):
         load_fishnet(tmp_path / "g")
-    with pytest.raises(ValueError, match="the arrays differ"):
-        load_fishnet(tmp_path / "g", build(0, width=9, depth=1))
-    again = load_fishnet(tmp_path / "g", build(0, width=8, depth=1))
-    np.testing.assert_array_equal(again(graph), fishnet(graph))
 
 
 # -- fits ---------------------------------------------------------------------------------------------------------

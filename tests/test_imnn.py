@@ -138,8 +138,23 @@ def test_an_information_that_is_not_positive_is_none(x64):
     assert measures["det F"] == 0.0 and np.isfinite(measures["ln det F"])
     fit = FittedIMNN(Small(), jnp.asarray(THETA), jnp.zeros(2), jnp.eye(2), jnp.asarray(found.unbiased), SHAPE)
     assert fit.det_fisher == 0.0
-    with pytest.raises(ValueError, match="positive Fisher matrix; its eigenvalues are .*more derivatives"):
+    compiled_mean = eqx.filter_jit(lambda fit, x: fit.gaussian(x).mean)
+    assert compiled_mean(fit, np.zeros(SHAPE)).shape == (2,), "not known there"
+    with pytest.raises(ValueError, match=r"positive Fisher matrix; got \[\[-.*more derivatives"):
         fit.gaussian(np.zeros(SHAPE))
+
+
+def test_a_fit_that_knows_nothing_says_so():
+    """Data that are all noise: the exact F is zero, and its estimate without bias as often negative as not."""
+    x, dx = (
+        np.random.default_rng(0).normal(size=(2, 30, *SHAPE)),
+        np.random.default_rng(1).normal(size=(2, 30, *SHAPE, 2)),
+    )
+    dx -= dx.mean(1, keepdims=True)
+    imnn = IMNN.from_derivatives(Small(), THETA, (x[0], dx[0]), (x[1], dx[1]))
+    with pytest.warns(UserWarning, match="without bias, is not positive"):
+        fitted = imnn.fit(jax.random.key(0), max_iterations=2, validate_every=1, keep="last")
+    assert fitted.det_fisher == 0.0 and np.isfinite(fitted(x[1])).all()
 
 
 def test_the_jackknife_error_is_the_scatter():

@@ -63,9 +63,10 @@ def test_weights_decay_and_constants_stay():
 
     def loss(params, static, batch, key):
         model = eqx.combine(params, static)
-        return jnp.mean((model.slope * batch["x"] + jax.lax.stop_gradient(model.shift) - batch["y"]) ** 2)
+        return jnp.mean((model.slope * batch["x"] + model.shift - batch["y"]) ** 2)
 
     options = {"max_epochs": 300, "batch_size": 20, "learning_rate": 5e-2, "keep": "last"}
+    options["constants"] = lambda model: [model.shift]
     free, pulled = (
         fit(jax.random.key(0), Shifted(jnp.zeros(())), data(50), data(20, 1), loss, weight_decay=decay, **options)[0]
         for decay in (0.0, 1.0)

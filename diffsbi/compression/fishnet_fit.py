@@ -9,8 +9,8 @@ import numpy as np
 
 from diffsbi._types import Key, check_finite, check_key
 from diffsbi.compression.arrays import shared_rows
-from diffsbi.compression.fishnets import Fishnet, check_members, set_loss
-from diffsbi.compression.graphs import AGGREGATIONS, Graph, GraphFishnet
+from diffsbi.compression.fishnets import Fishnet, check_members, of_graphs, set_loss
+from diffsbi.compression.graphs import AGGREGATIONS, Aggregation, FisherAggregation, Graph, GraphFishnet
 from diffsbi.compression.saving import check_probe, fixed_input, load_module, read_header, save_module
 from diffsbi.compression.sets import POOLS, AbstractSetNetwork, DeepSet, FisherSum, MemberNetwork
 from diffsbi.inference.losses import zero_at_first
@@ -48,7 +48,7 @@ def fit_fishnet(
         mask: True where there is a member (a node), `(n_sets, n)`; None where all sets are full.
         network: "fishnet", a deep set with "sum", "mean" or "max", or an `AbstractSetNetwork` of your own. For graphs
             a `GraphFishnet`: "fishnet", whose messages have Fisher weights, or the other `AGGREGATIONS`.
-        form: Of the members' Fisher matrices (`MemberNetwork`).
+        form: Of the members' Fisher matrices (`MemberNetwork`); of the nodes' those of a graph.
         width: Hidden units.
         depth: Hidden layers.
         split: Whether random parts of a set are sets too (`set_loss`): members independent given theta. By default
@@ -106,7 +106,7 @@ def _linear_start(key, network: FisherSum, rows, others, options) -> FisherSum:
 
 def _checked(theta, x, mask, event: tuple[int, ...]) -> tuple:
     theta = np.asarray(theta)
-    count = np.shape(jax.tree.leaves(x)[0])[0]
+    count = np.shape(x.nodes if isinstance(x, Graph) else x)[0]
     if theta.ndim != 2 or len(theta) != count:
         raise ValueError(f"Expected theta of shape (sets, p) with {count} sets, as x; got {theta.shape}.")
     check_finite("theta", theta)
@@ -124,7 +124,7 @@ def _check_disjoint(train, held_out) -> None:
 
 
 def _build(key, network, event, dim, form, width, depth) -> AbstractSetNetwork:
-    graphs = _of_graphs(event)
+    graphs = of_graphs(event)
     if isinstance(network, AbstractSetNetwork):
         if isinstance(network, FisherSum | DeepSet if graphs else GraphFishnet):
             what = "graphs" if graphs else "sets of members"
@@ -134,7 +134,8 @@ def _build(key, network, event, dim, form, width, depth) -> AbstractSetNetwork:
     if network not in kinds:
         raise ValueError(f"Expected network to be one of {list(kinds)} or an AbstractSetNetwork; got {network!r}.")
     if graphs:
-        return GraphFishnet.build(key, (event[0][0], event[1][0]), dim, network, width=width, depth=depth)
+        sizes = event[0][0], event[1][0]
+        return GraphFishnet.build(key, sizes, dim, network, form=form, width=width, depth=depth)
     n_in = int(np.prod(event))
     if network == "fishnet":
         return FisherSum(MemberNetwork(key, n_in, dim, width=width, depth=depth, form=form))  # type: ignore[arg-type]
@@ -165,10 +166,6 @@ def _moments(x, mask) -> tuple[np.ndarray, np.ndarray]:
     members = np.asarray(x, float)[np.asarray(mask, bool)]
     scale = members.std(0)
     return members.mean(0), np.where(scale > 0, scale, 1.0)
-
-
-def _of_graphs(event) -> bool:
-    return bool(event) and isinstance(event[0], tuple)
 
 
 def _rows(fishnet: Fishnet, data: tuple, split: int) -> dict[str, Any]:
@@ -208,7 +205,7 @@ def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
         network = _build(jax.random.key(0), event=event, dim=dim, **architecture)
     elif architecture is not None and _architecture(network) != architecture:
         raise ValueError(f"Expected a network of {architecture}, as in {path}; got {_architecture(network)}.")
-    loc = tuple(jnp.zeros(shape) for shape in event) if _of_graphs(event) else jnp.zeros(event)
+    loc = tuple(jnp.zeros(shape) for shape in event) if of_graphs(event) else jnp.zeros(event)
     like = Fishnet(network, loc, loc, jnp.zeros(dim), jnp.eye(dim))
     fishnet = load_module(path, about, payload, like)
     if "probe" in header:  # not in files of older versions
@@ -218,16 +215,18 @@ def load_fishnet(path, network: AbstractSetNetwork | None = None) -> Fishnet:
 
 def _probed(network: AbstractSetNetwork, event) -> list[float]:
     """What the network says of a fixed set."""
-    members = _fixed_graph(event) if _of_graphs(event) else fixed_input([(_PROBED, *event), 0.0, 1.0])
+    members = _fixed_graph(event) if of_graphs(event) else fixed_input([(_PROBED, *event), 0.0, 1.0])
     score, fisher = network.pooled(network.members(members), jnp.ones(_PROBED, bool))
     return [*np.asarray(score, float).tolist(), *np.asarray(fisher, float).ravel().tolist()]
 
 
 def _fixed_graph(event) -> Graph:
-    """A ring."""
-    nodes, edges = (fixed_input([(_PROBED, *shape), 0.0, 1.0]) for shape in event)
-    ends = jnp.arange(_PROBED)
-    return Graph(nodes, edges, ends, (ends + 1) % _PROBED, jnp.ones(_PROBED, bool))
+    """Every node hears every other one: of one message a sum, a mean and the largest are the same."""
+    senders, receivers = (jnp.asarray(ends) for ends in np.nonzero(~np.eye(_PROBED, dtype=bool)))
+    nodes, edges = (
+        fixed_input([(n, *shape), 0.0, 1.0]) for n, shape in zip((_PROBED, len(senders)), event, strict=True)
+    )
+    return Graph(nodes, edges, senders, receivers, jnp.ones(len(senders), bool))
 
 
 def _architecture(network) -> dict[str, Any] | None:
@@ -237,6 +236,12 @@ def _architecture(network) -> dict[str, Any] | None:
         return {"network": "fishnet", "form": network.member.form} | sizes
     if type(network) is DeepSet:
         return {"network": network.pool, "form": "residual"} | _sizes(network.encoder)
+    if type(network) is GraphFishnet and network.node.embed is None:
+        how, sizes = network.aggregation, _sizes(network.node.mlp)
+        messages = how.message if isinstance(how, FisherAggregation) else how
+        if _sizes(messages.mlp) == sizes:
+            named = how.how if isinstance(how, Aggregation) else "fishnet"
+            return {"network": named, "form": network.node.form} | sizes
     return None
 
 

@@ -96,8 +96,7 @@ class Fishnet(eqx.Module):
     @property
     def event(self) -> tuple:
         """Shape of a member; of nodes and of edges `((d,), (e,))` of graphs."""
-        graph = isinstance(self.x_loc, tuple)
-        return tuple(a.shape for a in self.x_loc) if graph else self.x_loc.shape
+        return tuple(a.shape for a in self.x_loc) if isinstance(self.x_loc, tuple) else self.x_loc.shape
 
     def standardised(self, x, mask: Array):
         """Members in units of the training members' scatter, `(*n, *event)`; zeros where there is none."""
@@ -113,14 +112,19 @@ class Fishnet(eqx.Module):
         return jax.scipy.linalg.solve_triangular(self.root, half.T, trans=1, lower=True)
 
 
+def of_graphs(event: tuple) -> bool:
+    """Whether an `event` is that of nodes and edges."""
+    return bool(event) and isinstance(event[0], tuple)
+
+
 def check_members(x, mask, event: tuple, *, batch: bool = False, empty: bool = False):
     """A set or a graph (many with `batch`) and its mask, checked against the `event` of a `Fishnet`."""
-    of_graphs = bool(event) and isinstance(event[0], tuple)
-    if of_graphs != isinstance(x, Graph):
-        wanted, got = ("a Graph", "an array") if of_graphs else ("an array of members", "a Graph")
+    graphs = of_graphs(event)
+    if graphs != isinstance(x, Graph):
+        wanted, got = ("a Graph", "an array") if graphs else ("an array of members", "a Graph")
         raise ValueError(f"Expected {wanted}, as in training; got {got}.")
-    if of_graphs:
-        return check_graphs(x, mask, (event[0][0], event[1][0]), batch=batch)
+    if graphs:
+        return check_graphs(x, mask, (event[0][0], event[1][0]), batch=batch, empty=empty)
     return check_set(x, mask, event, batch=batch, empty=empty)
 
 

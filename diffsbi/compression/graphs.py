@@ -73,7 +73,7 @@ class FisherAggregation(eqx.Module):
     @property
     def size(self) -> int:
         """Features that a node receives."""
-        return self.message.dim * (self.message.dim + 3) // 2
+        return _size(self.message.dim)
 
     def __call__(self, messages, receivers, n_nodes: int, mask=None) -> Float[Array, "n_nodes size"]:
         """Messages `(m, n_in)` to what each of `n_nodes` receives; `mask (m,)` is True where there is a message."""
@@ -82,6 +82,10 @@ class FisherAggregation(eqx.Module):
         score = segment_sum(jnp.where(mask[:, None], score, 0.0), receivers, n_nodes)
         fisher = segment_sum(jnp.where(mask[:, None, None], fisher, 0.0), receivers, n_nodes)
         return jax.vmap(_received)(score, fisher)
+
+
+def _size(dim: int) -> int:
+    return dim * (dim + 3) // 2
 
 
 def _received(score, fisher):
@@ -158,19 +162,29 @@ class GraphFishnet(AbstractFisherSum):
 
     @classmethod
     def build(
-        cls, key: Key, sizes: tuple[int, int], dim: int, how: str = "fishnet", *, width: int = 32, depth: int = 2
+        cls,
+        key: Key,
+        sizes: tuple[int, int],
+        dim: int,
+        how: str = "fishnet",
+        *,
+        form: str = "residual",
+        width: int = 32,
+        depth: int = 2,
     ) -> "GraphFishnet":
         """For `sizes` (d, e) features of nodes and edges and `dim` parameters, how: "fishnet" or an `Aggregation`'s.
 
         Messages are about dim + 1 latent numbers, one for what is a node's own.
         """
         keys, (d, e) = jax.random.split(key), sizes
+        hidden, latent = dict(width=width, depth=depth), dim + 1
         aggregation: FisherAggregation | Aggregation
-        aggregation = FisherAggregation(keys[0], 2 * d + e, dim + 1, width=width, depth=depth)
-        if how != "fishnet":
-            size = aggregation.size
-            aggregation = Aggregation(keys[0], 2 * d + e, size, how, width=width, depth=depth)  # type: ignore[arg-type]
-        return cls(aggregation, MemberNetwork(keys[1], d + aggregation.size, dim, width=width, depth=depth))
+        if how == "fishnet":
+            aggregation = FisherAggregation(keys[0], 2 * d + e, latent, **hidden)
+        else:
+            aggregation = Aggregation(keys[0], 2 * d + e, _size(latent), how, **hidden)  # type: ignore[arg-type]
+        node = MemberNetwork(keys[1], d + aggregation.size, dim, form=form, **hidden)  # type: ignore[arg-type]
+        return cls(aggregation, node)
 
     def members(self, x: Graph):
         received = self.aggregation(x.messages(), x.receivers, len(x.nodes), x.mask)
@@ -195,7 +209,9 @@ def _softmax(logits: Float[Array, " m"], receivers, n_nodes: int) -> Float[Array
     return weights / jnp.where(total > 0, total, 1.0)[receivers]
 
 
-def check_graphs(graphs: Graph, mask, sizes: tuple[int, int], *, batch: bool = False) -> tuple[Graph, Array]:
+def check_graphs(
+    graphs: Graph, mask, sizes: tuple[int, int], *, batch: bool = False, empty: bool = False
+) -> tuple[Graph, Array]:
     """One graph (many with `batch`) of `sizes` (d, e) features of nodes and edges, and the mask of its nodes, checked.
 
     Raises:
@@ -206,18 +222,18 @@ def check_graphs(graphs: Graph, mask, sizes: tuple[int, int], *, batch: bool = F
         leading = "graphs, " if batch else ""
         wanted = f"({leading}n, {sizes[0]}) and ({leading}m, {sizes[1]})"
         raise ValueError(f"Expected nodes and edges of shapes {wanted}; got {shapes[0]} and {shapes[1]}.")
-    mask = check_mask(mask, shapes[0][:-1])
+    mask = check_mask(mask, shapes[0][:-1], empty=empty)
     if not any(isinstance(a, jax.core.Tracer) for a in (*jax.tree.leaves(graphs), mask)):
-        check_graph(graphs, mask)
+        check_graph(graphs, mask, empty=empty)
     nodes, edges = (jnp.asarray(a, jnp.result_type(float)) for a in (graphs.nodes, graphs.edges))
     senders, receivers = jnp.asarray(graphs.senders), jnp.asarray(graphs.receivers)
     return Graph(nodes, edges, senders, receivers, jnp.asarray(graphs.mask, bool)), mask
 
 
-def check_graph(graph: Graph, nodes_mask=None) -> None:
+def check_graph(graph: Graph, nodes_mask=None, *, empty: bool = False) -> None:
     """Check one graph, or many with a leading axis, before training: inside jit nothing is known of the numbers.
 
-    `nodes_mask` is True where there is a node; None: everywhere.
+    `nodes_mask` is True where there is a node; None: everywhere. With `empty` a graph may have no edge.
 
     Raises:
         ValueError: For shapes that do not fit, no edges, senders or receivers that are no nodes, and features that are
@@ -231,7 +247,7 @@ def check_graph(graph: Graph, nodes_mask=None) -> None:
     if nodes.ndim != edges.ndim or nodes.shape[:-2] != edges.shape[:-2]:
         raise ValueError(f"Expected nodes and edges of as many graphs; got {nodes.shape} and {edges.shape}.")
     there = mask.astype(bool)
-    if not (counts := np.atleast_1d(there.sum(-1))).all():
+    if not empty and not (counts := np.atleast_1d(there.sum(-1))).all():
         none = int(np.sum(counts == 0))
         raise ValueError(f"Expected graphs with at least one edge; {none} of {counts.size} have none.")
     known = np.ones(nodes.shape[:-1], bool) if nodes_mask is None else np.asarray(nodes_mask, bool)

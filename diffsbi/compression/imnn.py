@@ -339,7 +339,9 @@ def _whitened(network, t) -> _Whitened:
 
 def _fitted(network, found: Information, error, simulations, history, validate_every) -> FittedIMNN:
     weights = np.linalg.solve(found.fisher, found.derivative.T @ found.precision)
-    if log_det(found.unbiased) == -np.inf:
+    if not np.isfinite(found.unbiased).all():
+        warnings.warn("Summaries of some of the simulations of the last measurement are not finite.", stacklevel=3)
+    elif log_det(found.unbiased) == -np.inf:
         warnings.warn(
             "The Fisher matrix, measured without bias, is not positive: too few simulations, or summaries that know "
             "nothing. Estimates are kept; for `gaussian` take more derivatives (n_d) or a larger n_refit.",

@@ -109,8 +109,8 @@ def information_loss(t, dt, regularisation: Regularisation) -> tuple[Array, dict
     distance, rate = regularisation(found)
     log_det = jnp.linalg.slogdet(found.fisher)[1]
     # Of a matrix with two negative eigenvalues the determinant is positive as well: there nothing is known.
-    positive = jnp.linalg.eigvalsh(jax.lax.stop_gradient(found.unbiased))[0] > 0
-    measures = {"det F": jnp.where(positive, jnp.linalg.det(found.unbiased), 0.0)}
+    negative = jnp.linalg.eigvalsh(jax.lax.stop_gradient(found.unbiased))[0] <= 0
+    measures = {"det F": jnp.where(negative, 0.0, jnp.linalg.det(found.unbiased))}
     measures |= {"det C": jnp.linalg.det(found.covariance), "det C^-1": jnp.linalg.det(found.precision)}
     measures |= {"L2": distance, "r": rate}
     return -log_det + rate * distance, measures | {"ln det F": log_det}
@@ -135,17 +135,22 @@ def measured_information(t, dt, n_blocks: int = 20) -> tuple[Information, float]
 
 def log_det(matrix: np.ndarray) -> float:
     """ln det of a symmetric matrix; minus infinity where it is not positive, whatever the sign of its determinant."""
-    values = np.linalg.eigvalsh(np.asarray(matrix, float))
+    matrix = np.asarray(matrix, float)
+    if not np.isfinite(matrix).all():
+        return np.nan
+    values = np.linalg.eigvalsh(matrix)
     return float(np.sum(np.log(values))) if values[0] > 0 else -np.inf
 
 
 def check_positive(fisher: np.ndarray) -> None:
-    """Raise `ValueError` where an estimate of F without bias, from too few simulations, is not positive."""
-    values = np.linalg.eigvalsh(np.asarray(fisher, float))
-    if not values[0] > 0:
+    """Raise `ValueError` where an estimate of F without bias, from too few simulations, is not positive.
+
+    Inside jit nothing is known of the numbers.
+    """
+    if not isinstance(fisher, jax.core.Tracer) and not log_det(fisher) > -np.inf:
         raise ValueError(
-            f"Expected a positive Fisher matrix; its eigenvalues are {np.round(values, 4).tolist()}: it was measured "
-            "from too few simulations, or the summaries know nothing. Take more derivatives (n_d) or a larger n_refit."
+            f"Expected a positive Fisher matrix; got {np.asarray(fisher).tolist()}: it was measured from too few "
+            "simulations, or the summaries know nothing. Take more derivatives (n_d) or a larger n_refit."
         )
 
 

@@ -63,17 +63,21 @@ class Compressor(eqx.Module):
 
     def features_and_summary(self, x) -> tuple[Float[Array, " f"], Float[Array, " p"]]:
         """(c, t) of one data set."""
-        fixed = jax.lax.stop_gradient
-        c = _bounded(fixed(self.whiten) @ (self.network(x) - fixed(self.loc)))
+        c = _bounded(self.whiten @ (self.network(x) - self.loc))
         return c, self.linear @ c + self.correction(c)
+
+    @property
+    def constants(self) -> tuple[Array, ...]:
+        """What is not trained."""
+        return self.loc, self.whiten, self.lower
 
     def residual(self, v: Float[Array, " p"], t: Float[Array, " p"]) -> Float[Array, " p"]:
         """$e = L^{-1} (v - t)$."""
-        return jax.scipy.linalg.solve_triangular(jax.lax.stop_gradient(self.lower), v - t, lower=True)
+        return jax.scipy.linalg.solve_triangular(self.lower, v - t, lower=True)
 
     def score_of_residual(self, score: Float[Array, " p"]) -> Float[Array, " p"]:
         r"""$\nabla_e = L^T \nabla_v$ at fixed data."""
-        return jax.lax.stop_gradient(self.lower).T @ score
+        return self.lower.T @ score
 
     def save(self, path) -> None:
         """Write the arrays with a checksum; `load_compressor` reads them into a network of the same architecture."""
@@ -209,7 +213,7 @@ def fit_compressor(
     objective = Objective(loss, augment)
     options: dict[str, Any] = dict(
         max_epochs=max_epochs, batch_size=batch_size, patience=patience, learning_rate=learning_rate,
-        weight_decay=weight_decay, progress=progress,
+        weight_decay=weight_decay, progress=progress, constants=lambda m: [*m[0].constants, *loss.constants(m[1])],
     )  # fmt: skip
     (compressor, _), history = fit(key_fit, (compressor, extra), rows_of, held_out, objective, **options)
     count = n + (0 if validation is None else len(held_out["v"]))

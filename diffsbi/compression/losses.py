@@ -26,6 +26,10 @@ class AbstractLoss(eqx.Module):
         """Untrained; `batch` has all training rows, and `e` (and `score_of_e`) of the linear start."""
         return None
 
+    def constants(self, head: Any) -> tuple[Array, ...]:
+        """What of the head is not trained."""
+        return ()
+
     @abc.abstractmethod
     def __call__(self, compressor, head, batch: dict[str, Any]) -> Array:
         """Mean over the rows."""
@@ -95,9 +99,11 @@ class ScoreRegression(AbstractLoss):
         _need_scores(batch)
         return _Precision(key, n_features, batch["v"].shape[1]), _spread(batch)
 
+    def constants(self, head):
+        return head[1:]
+
     def __call__(self, compressor, head, batch):
         precision, spread = head
-        spread = jax.lax.stop_gradient(spread)
 
         def one(x, v, score):
             c, t = compressor.features_and_summary(x)

@@ -83,6 +83,7 @@ def fit(
     patience: int = 50,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
+    constants: Callable[[Any], Any] | None = None,
     min_epochs: int = 0,
     keep: str = "best",
     average: float = 0.0,
@@ -105,8 +106,8 @@ def fit(
         batch_size: Rows per step (fewer where there are fewer).
         patience: Epochs without improvement of the validation loss before stopping.
         learning_rate: First step size.
-        weight_decay: Pull of every parameter towards zero, per step and unit of step size (as AdamW). What has no
-            gradient (a constant of the model, held by `stop_gradient`) stays as it is.
+        weight_decay: Pull of every parameter towards zero, per step and unit of step size (as AdamW).
+        constants: model → those of its arrays that are no parameters, and stay.
         min_epochs: Epochs before patience may end the fit.
         keep: "best" or "last" epoch; the last one whose loss is finite.
         average: Decay per step of a moving average of the weights, which is then what is validated and returned:
@@ -131,7 +132,10 @@ def fit(
     if not 0 <= average < 1:
         raise ValueError(f"Expected 0 <= average < 1; got {average}.")
     forget_when_many()
-    params, static = eqx.partition(model, eqx.is_inexact_array)
+    trained = jax.tree.map(eqx.is_inexact_array, model)
+    if constants is not None:
+        trained = eqx.tree_at(constants, trained, replace_fn=lambda _: False)
+    params, static = eqx.partition(model, trained)
     rows_of = train if callable(train) else lambda done: train
     rows = rows_of(0)
     n, held_out = (jax.tree.leaves(a)[0].shape[0] for a in (rows, validation))
@@ -259,7 +263,7 @@ def _epoch(state, static, train, validation, keys, rates, loss, batches, has_mea
         batch = jax.tree.map(lambda a: a[index], train)
         value, gradient = jax.value_and_grad(measured, has_aux=True)(params, batch, key)
         updates, state = _optimizer().update(gradient, state, params)
-        params = jax.tree.map(lambda p, u: p - rates[0] * u - rates[1] * jnp.where(u == 0, 0, p), params, updates)
+        params = jax.tree.map(lambda p, u: p - rates[0] * u - rates[1] * p, params, updates)
         mean = jax.tree.map(lambda m, p: p + rates[2] * (m - p), mean, params)
         return (params, mean, state), value
 
