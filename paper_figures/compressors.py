@@ -38,7 +38,8 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
     for value, label in (("log_density", "mean log-density, nats"), ("c2st", "C2ST against the full field")):
         points = [point for i, name in enumerate(names) for point in _points(found["rows"], name, i, value)]
         ticks = [TITLES[name] for name in names]
-        figures[f"compressors_{value}"] = plotting.curves(points, "", label, {}, False, False, ticks, width=6.2)
+        width = max(6.2, 0.85 * len(names))  # or their titles run into each other
+        figures[f"compressors_{value}"] = plotting.curves(points, "", label, {}, False, False, ticks, width=width)
     most = {row["compressor"]: row["n"] for row in reversed(found["rows"]) if row["seed"] == 0}
     drawn = {"contours": DRAWN, "losses": {name: TITLES[name].replace("\n", " ") for name in LOSSES}}
     for figure, titles in drawn.items():
