@@ -48,7 +48,7 @@ FREE = ("latent_scores", "score_change", "marginal_score")
 NUMBERS = {"hybrid": 1, "statistics": 1, "wavelets": 2}  # where in a row (map, statistics, wavelets)
 OTHERS = (*NUMBERS, *FREE)
 AT_CENTRE = "score_at_centre"  # score regression on simulations that are all there; for `experiments.information`
-SCORED = ("vmim", "score", AT_CENTRE)
+SCORED = ("vmim", "score")  # and `AT_CENTRE`
 STAGES = ("observed", "reference", "spectrum", "simulations", "scores", "derivatives", "network", "compress", "fits")
 _BATCH = 64
 
@@ -212,7 +212,7 @@ def compressor(cfg: Config, sim, proposal, run, train, name: str, n: int, seed: 
     rows = jax.tree.map(lambda a: a[:n], train if both else train | {"x": train["x"][0]})
     if both:
         network = HybridNetwork(network) if name == "hybrid" else Numbers(NUMBERS[name])
-    scored = name in SCORED
+    scored = name in (*SCORED, AT_CENTRE)
     loss = "vmim" if both or name == WITHOUT else "score" if name == AT_CENTRE else name
     epochs = int(np.clip(_BATCH * cfg.steps // n, 1, cfg.max_epochs))
     fitted = fit_compressor(

@@ -25,7 +25,7 @@ from diffsbi.compression import marginal_information
 from diffsbi.compression.information import information, jackknife_error
 from diffsbi.compression.marginal_information import JACKKNIFE
 from experiments import command_line, compressors
-from experiments.compressors import AT_CENTRE, FREE, LOSSES, compressor, scores_of
+from experiments.compressors import AT_CENTRE, FREE, LOSSES, SCORED, compressor, scores_of
 from experiments.curves import print_table
 from experiments.lensing import observe, spectrum_proposal
 
@@ -128,7 +128,7 @@ def _rows(cfg: Config, sim, proposal, run, seed: int) -> dict:
         return dict(theta=np.asarray(theta), x=(x,), score=score)
 
     theta = proposal.sample(key_theta, (most,))
-    data = {"near": rows(key_near, theta, 0, bool({"vmim", "score"} & set(cfg.compressors)))}
+    data = {"near": rows(key_near, theta, 0, bool(set(SCORED) & set(cfg.compressors)))}
     if AT_CENTRE in cfg.compressors:
         centre = sim.prior.from_unconstrained(proposal.loc)
         data[AT_CENTRE] = rows(key_centre, jnp.tile(centre, (most, 1)), 1, True)

@@ -174,6 +174,7 @@ class IMNN(eqx.Module):
         rows = {"train": jnp.arange(validate_every)}, {"validation": jnp.arange(1)}
         limits = dict(max_epochs=epochs(max_iterations), min_epochs=epochs(min_iterations), patience=epochs(patience))
         options = dict(batch_size=1, learning_rate=learning_rate, keep=keep, average=average, progress=progress)
+        options["constants"] = lambda network: [network.shift, network.matrix]
         network, history = fit(key_fit, start, *rows, loss, has_measures=True, **limits, **options)
         last = validation
         if isinstance(validation, Simulated):
@@ -295,7 +296,7 @@ class _Whitened(eqx.Module):
     matrix: Array
 
     def __call__(self, x):
-        return jax.lax.stop_gradient(self.matrix) @ (self.network(x) - jax.lax.stop_gradient(self.shift))
+        return self.matrix @ (self.network(x) - self.shift)
 
 
 class _SetLoss(eqx.Module):
