@@ -8,13 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LONGEST = 400
 
-BOTTOM = {"_types", "_files", "_choose", "prior", "bands"}
+BOTTOM = {"_types", "_files", "_choose", "_robust", "prior", "bands"}
 ROOMS: dict[str, set[str]] = {
     "_types": set(),
     "_files": set(),
     "_cache": set(),
     "_xla": set(),
     "_choose": {"_types"},
+    "_robust": {"_types"},
     "integrators": set(),
     "prior": {"_types"},
     "bands": {"_types"},

@@ -10,6 +10,7 @@ from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import biject_to
 from tqdm.auto import tqdm
 
+from diffsbi._robust import median_and_spread
 from diffsbi._types import Array, Float, check_trailing, checked_rows
 from diffsbi.inference.frames import pack_frame
 from diffsbi.simulators.base import draw_shapes
@@ -169,8 +170,7 @@ def _drawn(sim, key, n: int):
 def _scale(of_prior, drawn: Float[Array, "n p_l"]) -> tuple[Float[Array, " p_l"], Float[Array, " p_l"]]:
     """Centre and width of parameters, as given, and of latents, robustly: curvatures are compared with these."""
     w = np.asarray(drawn, float)[:, len(of_prior[0]) :]
-    centre = np.median(w, 0)
-    width = 1.4826 * np.median(np.abs(w - centre), 0)
+    centre, width = median_and_spread(w)
     both = (of_prior[0], centre), (of_prior[1], np.where(width > 0, width, 1.0))
     return tuple(jnp.asarray(np.concatenate(parts), drawn.dtype) for parts in both)
 

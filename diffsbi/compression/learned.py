@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffsbi._robust import median_and_spread
 from diffsbi._types import Array, Float, Key, check_finite, check_finite_values, check_key, check_names
 from diffsbi.compression.arrays import shared_rows
 from diffsbi.compression.losses import LOSSES, AbstractLoss, LocalScoreRegression, ScoreRegression
@@ -357,8 +358,7 @@ def _linear_start(key, network, features, v, width) -> tuple[Compressor, dict[st
 
 def _without_tails(features: np.ndarray) -> np.ndarray:
     """Columns clipped at `_BOUND` robust standard deviations: one row in a hundred may not decide the covariance."""
-    centre = np.median(features, axis=0)
-    scale = 1.4826 * np.median(np.abs(features - centre), axis=0)
+    centre, scale = median_and_spread(features)
     scale = np.where(scale > 0, scale, np.inf)
     return np.clip(features, centre - _BOUND * scale, centre + _BOUND * scale)
 

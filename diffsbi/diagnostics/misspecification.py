@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import equinox as eqx
 import numpy as np
 
+from diffsbi._robust import median_and_spread
 from diffsbi.diagnostics._distances import checked, rank_p_value, shrunk_correlation
 
 _WORST = 5
@@ -86,7 +87,8 @@ def misspecification(
         p_score = rank_p_value(-scores[:-1], -value)
         p_values.append(p_score)
     p_value = min(1.0, tests * min(p_values))
-    z = (observed - np.median(simulated, 0)) / _scale(simulated)
+    centre, scale = _units(simulated)
+    z = (observed - centre) / scale
     order = np.argsort(-np.maximum(np.abs(z), np.abs(conditional)))[:_WORST]
     flagged = p_value <= level
     warning = _warning(names, z, conditional, order, p_values, len(simulated), level) if flagged else ""
@@ -96,16 +98,17 @@ def misspecification(
     )  # fmt: skip
 
 
-def _scale(rows):
-    spread = 1.4826 * np.median(np.abs(rows - np.median(rows, 0)), 0)
+def _units(rows):
+    centre, spread = median_and_spread(rows)
     spread = np.where(spread > 0, spread, rows.std(0))
-    return np.where(spread > 0, spread, np.finfo(float).tiny ** 0.25)
+    return centre, np.where(spread > 0, spread, np.finfo(float).tiny ** 0.25)
 
 
 def _robust(simulated, observed):
     """Distance of each row, the observation last, and the observation's deviations given all other statistics."""
     rows = np.concatenate([simulated, observed[None]])
-    unit = (rows - np.median(rows, 0)) / _scale(rows)
+    centre, scale = _units(rows)
+    unit = (rows - centre) / scale
     cut = np.clip(unit, -_WINSOR, _WINSOR)
     deviation = np.where(cut.std(0) > 0, np.sqrt(np.mean(cut**2, 0)), 1.0)
     correlation, _ = shrunk_correlation(cut / deviation)

@@ -5,6 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
+from diffsbi._robust import median_and_spread
 from diffsbi._types import Array, Float, check_finite
 from diffsbi.inference.losses import left_in, likelihood_score, unconstrained
 from diffsbi.inference.standardise import ridge_regression, whitening
@@ -56,7 +57,7 @@ def score_warnings(
     parameters, data, scores, gradients = (np.asarray(a, float) for a in (theta, x, score, prior_score))
     if len(parameters) < _LEAST_FOR_PRIOR:
         return []
-    far = 10 * 1.4826 * np.median(np.abs(scores - np.median(scores, 0)), 0) + 1e-300
+    far = 10 * median_and_spread(scores)[1] + 1e-300
     scores = np.clip(scores, -far, far)
     found = _with_prior(names, scores, gradients)
     if len(parameters) >= max(_LEAST_ROWS, 2 * data.shape[1]):  # fewer suggest another order by chance

@@ -11,6 +11,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from scipy.special import multigammaln
 
+from diffsbi._robust import median_and_spread
 from diffsbi._types import Array, Float, Key
 from diffsbi.inference.proposals import GaussianProposal
 from diffsbi.inference.standardise import Standardiser, fit_standardiser
@@ -175,9 +176,8 @@ def _moments(prior: Prior, proposal, theta) -> tuple[np.ndarray, np.ndarray]:
 def winsorised(u: np.ndarray, cut: float = 4.0) -> np.ndarray:
     """Rows `(n, p)` with each column held within `cut` robust standard deviations of its median."""
     u = np.asarray(u, float)
-    centre = np.median(u, 0)
-    reach = cut * 1.4826 * np.median(np.abs(u - centre), 0)
-    return np.clip(u, centre - reach, centre + reach)
+    centre, spread = median_and_spread(u)
+    return np.clip(u, centre - cut * spread, centre + cut * spread)
 
 
 def log_evidence(w, pseudo_rows: float) -> float:

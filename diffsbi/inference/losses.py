@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flowjax.distributions import AbstractDistribution
 
+from diffsbi._robust import median_and_spread
 from diffsbi._types import Array, Float, Key
 from diffsbi.flows.affine import ConditionalAffine
 from diffsbi.inference.standardise import Standardiser
@@ -64,14 +65,12 @@ def posterior_score(prior: Prior, theta: Float[Array, "n p"], score: Float[Array
 
 
 def score_outliers(score: np.ndarray, cut: float = 10.0, of: np.ndarray | None = None) -> np.ndarray:
-    """True for rows `(n,)` with a component beyond `cut` robust standard deviations (median, 1.4826 × MAD) `of` all.
+    """True for rows `(n,)` with a component beyond `cut` robust standard deviations of the median `of` all.
 
     Simulators can have corners of the prior where the joint score is larger by orders of magnitude (for lensing maps
     where baryons dominate, or at modes without a Gaussian partner). One such row would decide a squared loss.
     """
-    of = score if of is None else of
-    centre = np.median(of, axis=0)
-    scale = 1.4826 * np.median(np.abs(of - centre), axis=0)
+    centre, scale = median_and_spread(score if of is None else of)
     return np.any(np.abs(score - centre) > cut * np.maximum(scale, np.finfo(score.dtype).tiny), axis=1)
 
 

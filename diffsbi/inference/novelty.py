@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flowjax.distributions import AbstractDistribution
 
+from diffsbi._robust import median_and_spread
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_trailing
 from diffsbi.inference.estimator import Density, build_density
 from diffsbi.inference.losses import ScoredDensity, WithoutScore
@@ -94,7 +95,7 @@ def fit_novelty(
         raise ValueError(f"Expected held_out between 0 and 1; got {held_out}.")
     key_split, *keys = jax.random.split(key, members + 1)
     train, kept = split_rows(key_split, len(x), held_out)
-    centre, scale = np.median(x[train], 0), _robust_scale(x[train])
+    centre, scale = _units(x[train])
     y = np.arcsinh((x[train] - centre) / scale)
     mean, whiten = whitening(y)
     v = jnp.asarray((y - mean) @ whiten.T, jnp.result_type(float))
@@ -114,7 +115,7 @@ def _fit_one(key, v, density, density_options, options):
     return model.density, history
 
 
-def _robust_scale(x):
-    spread = 1.4826 * np.median(np.abs(x - np.median(x, 0)), 0)
+def _units(x):
+    centre, spread = median_and_spread(x)
     spread = np.where(spread > 0, spread, x.std(0))
-    return np.where(spread > 0, spread, 1.0)
+    return centre, np.where(spread > 0, spread, 1.0)

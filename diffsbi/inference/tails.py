@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from diffsbi._robust import median_and_spread
 from diffsbi._types import Array, Float
 
 REACH = 10.0
@@ -70,9 +71,8 @@ def fit_tails(x: Float[Array, "n d"], always: bool = False) -> Tails | None:
 def robust_moments(x: Float[Array, "n d"]) -> Tails:
     """Centres and scales of the columns."""
     data = np.asarray(x, float)
-    centre = np.median(data, 0)
-    away = np.abs(data - centre)
-    return Tails(centre, np.maximum(1.4826 * np.median(away, 0), np.quantile(away, 0.95, axis=0) / 2))
+    centre, spread = median_and_spread(data)
+    return Tails(centre, np.maximum(spread, np.quantile(np.abs(data - centre), 0.95, axis=0) / 2))
 
 
 def drawn_in(tails: Tails | None, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
