@@ -28,6 +28,7 @@ from diffsbi.compression import (
     square_symmetry,
     torus_symmetry,
 )
+from diffsbi.compression.latent_scores import steps_of_a_turn
 from diffsbi.compression.losses import AbstractLoss
 from diffsbi.compression.networks import features_of, torus_convolution
 from diffsbi.compression.saving import check_probe, described, fixed_input
@@ -544,10 +545,9 @@ def test_the_last_score_alone(small_survey):
 
 
 def test_steps_of_a_turn_grow_as_the_fourth_root_of_the_number_of_latents():
-    def steps(n_pix):
-        return MarginalScore(ds.lsst_y10(n_pix=n_pix, side_deg=n_pix / 25.6)).n_steps
-
-    assert [steps(n_pix) for n_pix in (16, 64, 128, 256)] == [4, 4, 6, 8]
+    assert [steps_of_a_turn(5 * n_pix**2) for n_pix in (16, 64, 128, 256)] == [4, 4, 6, 8]
+    many = ds.linear_gaussian(dim=1, n_latents=5 * 128**2, n_data=2)
+    assert MarginalScore(many, latents="white").n_steps == 6
 
 
 def test_wrong_points_and_rates_are_told(small_survey):

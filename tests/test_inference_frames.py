@@ -239,7 +239,7 @@ def test_data_that_are_no_frames_are_warned_about():
 
 
 def test_the_gaussian_field_mode_covers_the_truth_of_gaussian_maps():
-    sim = ds.lsst_y10(n_pix=32, side_deg=1.25, field="gaussian")
+    sim = ds.lsst_y10(n_pix=16, side_deg=1.25, field="gaussian")
     draws = sim.draw(jax.random.key(0), 60, with_score=False)
     mode = GaussianFieldMode(sim)
     numbers = mode.many(draws.x)

@@ -23,6 +23,11 @@ _FEWEST_STEPS = 4  # of a quarter turn
 _FEW_LATENTS = 5 * 64**2  # for which so many do
 
 
+def steps_of_a_turn(n_latents: int) -> int:
+    """Of quarter turns of so many latents, by default: four, and as their fourth root from 64² × 5 on."""
+    return max(_FEWEST_STEPS, round(_FEWEST_STEPS * (n_latents / _FEW_LATENTS) ** 0.25))
+
+
 class _ScoresAtOnePoint(eqx.Module):
     """What statistics made of joint scores at `theta0` share; what depends on `theta0` alone is computed once."""
 
@@ -156,8 +161,7 @@ class MarginalScore(_ScoresAtOnePoint):
 
     def __init__(self, sim, theta0=None, *, n_turns=12, n_burn=3, n_steps=None, latents="whitened", seed=0):
         if n_steps is None:
-            size = math.prod(draw_shapes(sim)[1].shape)
-            n_steps = max(_FEWEST_STEPS, round(_FEWEST_STEPS * (size / _FEW_LATENTS) ** 0.25))
+            n_steps = steps_of_a_turn(math.prod(draw_shapes(sim)[1].shape))
         if not 0 <= n_burn < n_turns or n_steps < 1:
             raise ValueError(
                 "Expected 0 <= n_burn < n_turns and n_steps >= 1; "
