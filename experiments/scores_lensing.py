@@ -166,12 +166,8 @@ def main(cfg: Config, out: Path) -> None:
         raise ValueError(f"Expected estimators ('NPE',) with summary {cfg.summary!r}; got {cfg.estimators}.")
     _check_sizes(cfg)
     sim, run, x, chain = begin(cfg, "scores_lensing", out, STAGES)
-    proposal = _proposal(cfg, sim, x, run)
-    summary = _summary(cfg, sim, proposal, run, x)
+    proposal, summary, pool, many = simulated(cfg, sim, run, x)
     observed = [summary(x[None], [seed])[0] for seed in range(cfg.seeds if cfg.summary == "path_mode" else 1)]
-    run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
-    run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
-    pool, many = load_npz(run.path("simulations", "pool.npz")), load_npz(run.path("summaries", "pool.npz"))
     given = (cfg, sim, proposal, many, observed, chain, run)
     run.once("given_summaries", lambda folder: _given_summaries(*given, folder))
     given_numbers = load_npz(run.path("given_summaries", "samples.npz"))["theta"]
@@ -219,6 +215,16 @@ def main(cfg: Config, out: Path) -> None:
     for case in predictions:
         about_all = f"p = {case['p_value']:.2f} of all statistics, {case['least']:.3f} the least by itself"
         print(f"The map among predictions of {case['of']}: {about_all} ({case['worst'][0]})")
+
+
+def simulated(cfg: Config, sim, run, x):
+    """Where parameters are from (None: the prior), the summary, and simulations with and without scores."""
+    proposal = _proposal(cfg, sim, x, run)
+    summary = _summary(cfg, sim, proposal, run, x)
+    run.once("simulations", lambda folder: _simulate(cfg, sim, summary, proposal, run, folder))
+    run.once("summaries", lambda folder: _many(cfg, sim, summary, proposal, run, folder))
+    pools = (load_npz(run.path(stage, "pool.npz")) for stage in ("simulations", "summaries"))
+    return proposal, summary, *pools
 
 
 def _check_sizes(cfg: Config) -> None:
