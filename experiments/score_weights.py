@@ -28,7 +28,7 @@ class Config:
 
     maps: scores_lensing.Config = scores_lensing.PRESETS["latent_scores"]
     n: tuple[int, ...] = (50, 200)
-    weights: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    weights: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
     n_test: int = 2000
     members: int = 2
     seed: int = 0
