@@ -53,10 +53,11 @@ def main(cfg: Config, out: Path) -> None:
         path = out / "fits" / f"{score}_{weight}_{n}_{seed}.json"
         if not path.exists():
             print(path.stem, flush=True)
-            first = slice(seed * cfg.maps.n_scored, seed * cfg.maps.n_scored + n)
+            arrays = scores_lensing.rows_of(cfg.maps, pool, many, seed, n, kind)
             npe = ds.NPE(sim.prior, score_weight="auto" if weight == MEASURED else weight)
-            npe.append(pool["theta"][first], pool["t"][first], pool[score][first], proposal=proposal)
-            posterior = npe.fit(jax.random.fold_in(run.key("fits"), 10_000 * seed + n), members=cfg.members)
+            posterior = npe.append(*arrays, proposal=proposal).fit(
+                jax.random.fold_in(run.key("fits"), 10_000 * seed + n), members=cfg.members
+            )
             q = posterior if proposal is None else posterior.under_proposal()
             unseen = (many[name][-cfg.n_test :] for name in ("theta", "t"))
             write_json(path, {"nll": -float(np.mean(q.log_prob(*unseen)))})

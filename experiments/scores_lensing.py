@@ -179,7 +179,7 @@ def main(cfg: Config, out: Path) -> None:
         path = out / "fits" / f"{name}_{score_name(kind)}_{n}_{seed}.json"
         if not path.exists():
             print(path.stem, flush=True)
-            key, arrays = jax.random.fold_in(run.key("fits"), 1000 * seed + n), _rows(cfg, pool, many, seed, n, kind)
+            key, arrays = jax.random.fold_in(run.key("fits"), 1000 * seed + n), rows_of(cfg, pool, many, seed, n, kind)
             posterior = _posterior(cfg, sim, ESTIMATORS[name], proposal, arrays, key)
             if n in cfg.coverage_n:
                 at = (many, observed[seed % len(observed)], seed, key)
@@ -325,7 +325,7 @@ def _many(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
     return {"simulations": cfg.n_reference}
 
 
-def _rows(cfg: Config, pool, many, seed: int, n: int, kind):
+def rows_of(cfg: Config, pool, many, seed: int, n: int, kind):
     """Parameters, summaries and scores of one seed's first n simulations; past the scored ones, those without."""
     first = slice(seed * cfg.n_scored, seed * cfg.n_scored + min(n, cfg.n_scored))
     theta, t = pool["theta"][first], pool["t"][first]
