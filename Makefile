@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EXPERIMENTS := demo maps two_moons sampling full_field score_noise scores_two_moons scores_lotka_volterra scores_lensing \
-	scores_rounds score_weights misspecified default_settings imnn lognormal_field fishnets compressors information marginal_score path path_coverage
+	scores_rounds score_weights folds misspecified default_settings imnn lognormal_field fishnets compressors information marginal_score path path_coverage
 FIGURE_RUNS := $(if $(filter paper,$(PRESET)),$(RUNS),$(RUNS)/$(PRESET))
 FIGURES := $(filter-out paper_figures/__init__.py,$(wildcard paper_figures/*.py))
 

@@ -125,8 +125,8 @@ PRESETS = {
     ),
     # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        n_pix=256, summary="marginal_score", turns=30, steps=4, n=(25, 50, 100, 200), n_scored=100,
-        estimators=("NPE",), n_reference=505, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
+        n_pix=256, summary="marginal_score", steps=4, n=(25, 50, 100, 200, 400), n_scored=100,
+        n_reference=2005, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
     ),
     # The published observation with the shift that it was made with; NPE and NLE.
     "published": Config(
@@ -146,7 +146,7 @@ PRESETS = {
     ),
     "large_path_frames": Config(
         n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100),
-        n_scored=100, estimators=("NPE",), n_reference=80, coverage_n=(100,), n_coverage=80,
+        n_scored=100, estimators=("NPE",), n_reference=505, coverage_n=(100,), n_coverage=505,
         ess=1000.0, members=2,
     ),
 }  # fmt: skip

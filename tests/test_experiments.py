@@ -22,6 +22,7 @@ LONG = (
     "compressors",
     "default_settings",
     "fishnets",
+    "folds",
     "imnn",
     "information",
     "lognormal_field",
@@ -55,7 +56,7 @@ def test_the_small_preset_runs_and_resumes(name, tmp_path, capsys):
     assert len(second) <= len(first)
     tables = [text[text.index("C2ST") :] for text in (first, second) if "C2ST" in text]
     assert len(set(tables)) <= 1, "a run that is resumed must print the same table"
-    if name not in ("maps", "misspecified", "score_weights", "two_moons"):  # drawn by others, or a table
+    if name not in ("folds", "maps", "misspecified", "score_weights", "two_moons"):  # drawn by others, or a table
         figures = importlib.import_module(f"paper_figures.{name}").draw(tmp_path)
         assert figures and all(figure.axes for figure in (figures.values() if isinstance(figures, dict) else [figures]))
 

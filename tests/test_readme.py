@@ -34,7 +34,7 @@ def test_commands_exist():
 def test_modules_of_the_figures_exist():
     root = Path(__file__).parents[1]
     modules = set(re.findall(r"(?:experiments|paper_figures)\.\w+", README))
-    assert len(modules) == 44
+    assert len(modules) == 45
     assert all((root / f"{module.replace('.', '/')}.py").is_file() for module in modules)
 
 

@@ -11,6 +11,7 @@ import pytest
 from scipy.integrate import solve_ivp
 from scipy.stats import bernoulli, binom, multivariate_normal
 
+from experiments.folds import Moons, SmoothHalfRing
 from experiments.sbibm_simulators import TASKS, sir
 from experiments.sbibm_tasks import Unconstrained, package_files
 
@@ -186,3 +187,23 @@ def test_published_reference_is_the_tasks_posterior(name, x64):
     density = Unconstrained(sim, jnp.asarray(x))
     score = np.asarray(jax.jit(jax.vmap(jax.grad(density)))(sim.prior.to_unconstrained(jnp.asarray(theta))))
     assert (np.abs(score.mean(0)) < 5 * score.std(0) / np.sqrt(len(score))).all()
+
+
+def test_half_ring_with_smooth_ends():
+    """Its density is one in all; the mean of cos² a is that of 2/π cos⁴ a, 3/4."""
+    ring = SmoothHalfRing(jnp.array([0.3, -0.2]))
+    r, a = np.linspace(0.04, 0.16, 241), (np.arange(400) + 0.5) * np.pi / 400 - np.pi / 2
+    points = np.array([0.3, -0.2]) + r[:, None, None] * np.stack([np.cos(a), np.sin(a)], -1)
+    density = np.exp(jax.vmap(ring.log_prob)(points.reshape(-1, 2)).reshape(241, 400)) * r[:, None]
+    np.testing.assert_allclose(density.sum() * (r[1] - r[0]) * np.pi / 400, 1.0, rtol=1e-6)
+    offset = np.asarray(jax.vmap(ring.sample)(jax.random.split(jax.random.key(0), 40_000))) - np.array([0.3, -0.2])
+    square = offset[:, 0] ** 2 / (offset**2).sum(1)
+    assert abs(square.mean() - 0.75) < 4 * square.std() / 200
+
+
+def test_two_moons_without_its_fold_differ_on_one_side_only():
+    prior, x = TASKS["two_moons"]().prior, jnp.array([0.3, 0.02])
+    own, folded, unfolded = TASKS["two_moons"](), Moons(prior, True, "sharp"), Moons(prior, False, "sharp")
+    for theta, same in (([0.02, 0.03], True), ([-0.02, -0.03], False)):
+        values = [sim.log_conditional(jnp.array(theta), EMPTY, x) for sim in (own, folded, unfolded)]
+        assert values[0] == values[1] and (values[1] == values[2]) == same
