@@ -186,14 +186,16 @@ def p_values(scale=1.0, shift=0.0):
     return {
         "sbc": sbc_test(sbc_ranks(samples, truths), 99).min(),
         "expected coverage": expected_coverage(density(truths), density(samples)).p_value,
-        "tarp": tarp(samples, truths, references=x + 1.0).p_value,
+        "tarp": tarp(samples, truths).p_value,
+        "tarp, own points": tarp(samples, truths, references=x + 1.0).p_value,
     }
 
 
 def test_right_posteriors_pass():
     assert min(p_values().values()) > 1e-3
     samples, truths, x, density = calibration()
-    for result in (expected_coverage(density(truths), density(samples)), tarp(samples, truths)):
+    balls = (tarp(samples, truths), tarp(samples, truths, references="box"))
+    for result in (expected_coverage(density(truths), density(samples)), *balls):
         assert (np.abs(result.coverage - result.levels) < 4.5 * result.error).all()
         np.testing.assert_allclose(result.error, np.sqrt(result.levels * (1 - result.levels) / 500))
 
@@ -201,11 +203,13 @@ def test_right_posteriors_pass():
 @pytest.mark.parametrize(
     "scale, shift, caught",
     [
-        (0.6, 0.0, ("sbc", "expected coverage", "tarp")),
-        (1.6, 0.0, ("sbc", "expected coverage", "tarp")),
-        (1.0, 0.5, ("sbc", "expected coverage", "tarp")),
+        (0.6, 0.0, ("sbc", "expected coverage", "tarp", "tarp, own points")),
+        (1.6, 0.0, ("sbc", "expected coverage", "tarp", "tarp, own points")),
+        (1.0, 0.5, ("sbc", "expected coverage", "tarp", "tarp, own points")),
+        (1.0, -0.5, ("sbc", "tarp", "tarp, own points")),
+        (1.0, 0.3, ("tarp", "tarp, own points")),
     ],
-    ids=["narrow", "wide", "shifted"],
+    ids=["narrow", "wide", "shifted", "shifted back", "shifted a little"],
 )
 def test_wrong_posteriors_are_caught(scale, shift, caught):
     found = p_values(scale, shift)
@@ -242,6 +246,8 @@ def test_p_values_are_uniform_for_right_posteriors():
         (lambda: sbc_test(np.full((4, 1), 12), 10), "between 0 and 10"),
         (lambda: tarp(np.ones((4, 5, 2)), np.ones((4, 2))), "vary in every parameter"),
         (lambda: tarp(normal(40, 2, 0).reshape(4, 10, 2), normal(4, 2, 1), references=np.ones(2)), r"got \(2,\)"),
+        (lambda: tarp(normal(4, 2, 0).reshape(4, 1, 2), normal(4, 2, 1)), "at least 2 draws .* got 1"),
+        (lambda: tarp(normal(40, 2, 0).reshape(4, 10, 2), normal(4, 2, 1), references="boxes"), "Did you mean 'box'"),
         (lambda: expected_coverage(np.zeros(4), np.zeros((3, 9))), r"got \(4,\) and \(3, 9\)"),
         (lambda: expected_coverage(np.full(4, np.nan), np.zeros((4, 9))), "got NaN"),
         (lambda: expected_coverage(np.zeros(4), np.zeros((4, 9)), levels=[1.5]), r"levels in \(0, 1\); got \[1.5\]"),

@@ -4,7 +4,7 @@ import equinox as eqx
 import numpy as np
 from scipy import stats
 
-from diffsbi._types import check_finite
+from diffsbi._types import check_finite, check_names
 
 
 class Coverage(eqx.Module):
@@ -76,8 +76,8 @@ def expected_coverage(log_prob_truths, log_prob_samples, levels=None) -> Coverag
     return _coverage(_spread((draws > truths[:, None]).sum(1), draws.shape[1]), levels)
 
 
-def tarp(samples, truths, *, seed: int = 0, references=None, levels=None) -> Coverage:
-    """Expected coverage of balls around random points, which needs draws only.
+def tarp(samples, truths, *, seed: int = 0, references="posterior", levels=None) -> Coverage:
+    """Expected coverage of balls around points chosen without looking at the truth, which needs draws only.
 
     A truth is inside the ball of level l when at most a share l of the draws are nearer to the reference point.
     Distances are taken after scaling every parameter by the range of the truths.
@@ -85,9 +85,10 @@ def tarp(samples, truths, *, seed: int = 0, references=None, levels=None) -> Cov
     Args:
         samples: Posterior draws of each simulated observation, `(n, m, p)`.
         truths: The parameters it was simulated at, `(n, p)`.
-        seed: Seed of the reference points.
-        references: One point for each observation `(n, p)`, chosen without looking at the truth; points that depend
-            on the observation find errors that fixed ones miss. Uniform in the box of all truths if left out.
+        seed: Seed of the points of a "box".
+        references: The points. "posterior": for each observation one standard deviation from the mean in every
+            parameter, of the first half of its draws; the second half is compared. "box": uniform in the box of all
+            truths, which is almost blind to a shift where posteriors are narrower than that. Or an array `(n, p)`.
         levels: Credibility levels in (0, 1); 0.05 to 0.95 by default.
 
     Reference: Lemos et al. 2023, arXiv:2302.03026.
@@ -96,14 +97,26 @@ def tarp(samples, truths, *, seed: int = 0, references=None, levels=None) -> Cov
     low, width = truths.min(0), np.ptp(truths, axis=0)
     if not (width > 0).all():
         raise ValueError(f"Expected truths that vary in every parameter; got ranges {width.tolist()}.")
-    if references is None:
-        references = low + width * np.random.default_rng(seed).uniform(size=truths.shape)
+    if isinstance(references, str):
+        check_names([references], ["posterior", "box"], "references")
+        references, samples = _reference_points(references, samples, low, width, seed)
     references = np.asarray(references, np.float64)
     if references.shape != truths.shape:
         raise ValueError(f"Expected references with shape {truths.shape}; got {references.shape}.")
     to_truth = np.linalg.norm((truths - references) / width, axis=-1)
     to_draws = np.linalg.norm((samples - references[:, None]) / width, axis=-1)
     return _coverage(_spread((to_draws < to_truth[:, None]).sum(1), samples.shape[1]), levels)
+
+
+def _reference_points(kind: str, samples, low, width, seed: int):
+    """Points `(n, p)`, and the draws to compare with them: none of those that the points were made from."""
+    n, m, p = samples.shape
+    if kind == "box":
+        return low + width * np.random.default_rng(seed).uniform(size=(n, p)), samples
+    if m < 2:
+        raise ValueError(f"Expected at least 2 draws of each posterior with references='posterior'; got {m}.")
+    own, others = samples[:, : m // 2], samples[:, m // 2 :]
+    return own.mean(1) + own.std(1), others
 
 
 def _check(samples, truths):
