@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from flowjax.distributions import StandardNormal
 
+from diffsbi.flows.affine import ConditionalAffine, with_linear_part
+
 COVARIANCE = np.array([[1.0, 0.6, 0.0], [0.6, 2.0, -0.3], [0.0, -0.3, 0.5]])
 MEAN = np.array([1.0, -2.0, 0.5])
 
@@ -30,6 +32,11 @@ def assert_means(chains, expected):
     for row, mean in zip(chains.summary().values(), expected, strict=True):
         error = row.sd / np.sqrt(row.ess_bulk)
         assert row.rhat < 1.02 and row.ess_bulk > 400 and abs(row.mean - mean) < 4 * error, (row, mean)
+
+
+def linear_gaussian_density(key, dim, condition_dim):
+    """A linear-Gaussian density that can learn how its mean depends on the data; `gaussian` can by scores alone."""
+    return with_linear_part(StandardNormal((dim,)), ConditionalAffine(dim, condition_dim))
 
 
 def gaussian(key, dim, condition_dim):

@@ -156,7 +156,9 @@ def test_exact_in_the_whitened_coordinate_of_a_linear_simulator(x64):
 
 
 def test_noise_of_a_linear_simulator_in_white_cancels_along_trajectories(x64):
-    """The scores are linear in latents that are nearly normal (B is small).
+    """The scores, of one draw or averaged, have the exact marginal score for a mean, and noise that theory knows.
+
+    They are linear in latents that are nearly normal (B is small).
 
     Those of K states of one trajectory add up to |sum_k e^(ik pi/4)|^2 / K^2 of the noise of one, the ends alone to a
     half for K = 3; for K = 10 it is that of a second trajectory, of three states.
@@ -169,20 +171,27 @@ def test_noise_of_a_linear_simulator_in_white_cancels_along_trajectories(x64):
     for k, share in shares.items():
         ratio = noise[k].var(0) / noise[1].var(0)
         np.testing.assert_allclose(ratio, share, atol=4 * share * np.sqrt(4 / 4000) + 0.005)
-        assert np.abs(t_values(noise[k])).max() < 4.5
+    # Unbiased given the data: by any function of them. The draws are the same for every k.
+    x = np.asarray(sim.draw(jax.random.key(1), 4000, with_score=False).x)
+    for rows in noise.values():
+        for weight in (np.ones(len(x)), np.tanh(x[:, 0]), (x[:, 1] > 0).astype(float), x[:, 2] * x[:, 3]):
+            assert np.abs(t_values(rows * weight[:, None])).max() < 4.5
 
 
 def test_maps_keep_a_mean_score_of_zero():
+    """States all along a trajectory, the way `draw` takes them; at other parameters the mean is not zero."""
     sim = lsst_y10(n_pix=8, side_deg=0.3125, n_bins=2)
-    settings = dict(latents="whitened", n_average=3, n_steps=2)
+    settings = dict(latents="whitened", n_average=8, n_steps=1)
 
     @eqx.filter_jit
-    def averaged(sim, z, x):
+    def averaged(sim, theta, z, x):
         keys = jax.random.split(jax.random.key(4), len(x))
-        return jax.vmap(lambda z, x, key: sim.score(sim.fiducial, z, x, key=key, **settings))(z, x, keys)
+        return jax.vmap(lambda z, x, key: sim.score(theta, z, x, key=key, **settings))(z, x, keys)
 
-    score = averaged(sim, *draws_at(sim, sim.fiducial, jax.random.key(4), 250))
-    assert np.abs(t_values(np.asarray(score))).max() < 4.5
+    rows = draws_at(sim, sim.fiducial, jax.random.key(4), 400)
+    assert np.abs(t_values(np.asarray(averaged(sim, sim.fiducial, *rows)))).max() < 4.5
+    wrong = sim.fiducial.at[sim.names.index("sigma_8")].multiply(1.3)
+    assert np.abs(t_values(np.asarray(averaged(sim, wrong, *rows)))).max() > 4.5
 
 
 def test_rows_do_not_depend_on_the_batch_and_the_data_not_on_the_average(x64):

@@ -1,5 +1,6 @@
 """Neural ratio estimation against a ratio that is known."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,37 @@ def test_round_trip_and_no_draws_of_data(linear, scored, tmp_path):
     np.testing.assert_array_equal(back.log_prob(draws.theta, draws.x), scored.log_prob(draws.theta, draws.x))
     with pytest.raises(NotImplementedError, match="no draws of the data"):
         scored.members[0].sample(jax.random.key(0), 1, draws.theta)
+
+
+class Quadratic(eqx.Module):
+    """A ratio of one's own: normal, of learned width."""
+
+    log_width: jax.Array
+
+    def log_prob(self, v, c):
+        return -0.5 * jnp.sum((v * jnp.exp(-self.log_width)) ** 2, -1) - v.shape[-1] * self.log_width
+
+
+def quadratic(key, dim, condition_dim):
+    return Quadratic(jnp.asarray(0.3))
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_network_of_ones_own_learns_its_only_number(linear, classes, scored, tmp_path):
+    """v is a standard normal at given theta: its width is one, by contrast, by cross-entropy, and by scores."""
+    draws = linear.draw(jax.random.key(1), 800, latents="whitened")
+    nre = ds.NRE(linear, quadratic, n_classes=classes).append(draws.theta, draws.x, draws.score if scored else None)
+    fitted = nre.fit(jax.random.key(2), members=1, max_epochs=60, learning_rate=1e-2, weight_decay=0.0)
+    assert abs(fitted.members[0].density.log_width) < (0.05 if scored else 0.12)
+    fitted.save(tmp_path / "ratio")
+    back, few = load_posterior(tmp_path / "ratio", density=quadratic), (draws.theta[:3], draws.x[:3])
+    np.testing.assert_array_equal(back.log_prob(*few), fitted.log_prob(*few))
+
+
+def test_a_density_is_no_ratio(linear):
+    with pytest.raises(ValueError, match="constructor of a ratio's network, not of a density; got 'smooth'"):
+        ds.NRE(linear, "smooth")
 
 
 @pytest.mark.parametrize("wrong", [{"n_classes": 0}, {"gamma": 0.0}, {"width": 0}])

@@ -6,7 +6,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from scipy.stats import multivariate_normal
-from targets import gaussian
+from targets import gaussian, linear_gaussian_density
 
 import diffsbi as ds
 from diffsbi.inference import load_posterior
@@ -87,6 +87,29 @@ def test_the_posterior_is_the_priors_wherever_parameters_were_drawn(linear, obse
     fitted = estimator(linear, observed, correction).fit(jax.random.key(0), members=1, max_epochs=400)
     mean, width = distance(linear, observed, fitted)
     assert mean < 0.15 and width < 0.15
+
+
+@pytest.mark.filterwarnings("ignore:Importance weights")
+@pytest.mark.parametrize(
+    "correction, mean, width",
+    [("reweight", (0.0, 0.1), (0.0, 0.1)), ("atomic", (0.0, 0.1), (0.0, 0.1)), ("importance", (0.0, 0.2), (0.0, 0.2))]
+    + [(None, (0.35, 0.65), (0.2, 0.4))],
+)
+def test_corrections_without_scores(linear, observed, correction, mean, width):
+    """Scores alone would say where the posterior is: here the correction has to, and without one (None) it is seen."""
+    drawn_from, n = shifted(linear, observed), 1500
+    draws = linear.draw(jax.random.key(2), n, drawn_from.sample(jax.random.key(1), (n,)), with_score=False)
+    fitted = ds.NPE(linear, linear_gaussian_density, correction=correction or "reweight")
+    fitted.append(draws.theta, draws.x, proposal=None if correction is None else drawn_from)
+    found = distance(linear, observed, fitted.fit(jax.random.key(0), members=1, max_epochs=150, learning_rate=1e-2))
+    assert all(low <= value < high for value, (low, high) in zip(found, (mean, width), strict=True)), found
+
+
+def test_more_draws_than_there_are_where_simulations_were_are_refused(linear, observed):
+    posterior = estimator(linear, observed, "reweight", n=60).fit(jax.random.key(0), members=1, max_epochs=5)
+    with pytest.warns(UserWarning, match="far outside the simulations"), pytest.warns(UserWarning, match="are worth 0 of the"):
+        with pytest.raises(ValueError, match="Expected fewer draws than n=100: 0 of"):
+            posterior.sample(jax.random.key(1), 100, observed + 100.0)
 
 
 def test_a_proposal_that_is_not_told_of_shifts_the_posterior(linear, observed):

@@ -10,7 +10,7 @@ from targets import gaussian
 
 import diffsbi as ds
 from diffsbi.compression import MarginalScore
-from diffsbi.inference.posterior import truncated_prior
+from diffsbi.inference.posterior import Posterior, truncated_prior
 from diffsbi.inference.rounds import _leakage
 
 FLOW = ("smooth", {"width": 16, "depth": 1, "layers": 1, "ramps": 4})
@@ -114,6 +114,34 @@ def test_a_region_with_little_prior_is_told(linear, observed):
 def test_refusals(linear, observed, wrong, message):
     with pytest.raises(ValueError, match=message):
         ds.rounds(linear, observed, ds.NPE(linear), jax.random.key(0), **wrong)
+
+
+@pytest.mark.parametrize("run", [ds.rounds, ds.truncated_marginals])
+def test_an_observation_that_is_none_of_the_simulators_is_refused_at_once(linear, observed, run):
+    estimator = (ds.NPE(linear),) if run is ds.rounds else ()
+    broken = {r"shape \(4,\), as the simulator draws it; got \(3,\)": observed[:3]}
+    for message, x in (broken | {"the observation": observed.at[1].set(jnp.nan)}).items():
+        with pytest.raises(ValueError, match=message):
+            run(linear, x, *estimator, jax.random.key(0), n_rounds=1, n_per_round=10**9)
+
+
+@pytest.mark.parametrize("part", ["propose", "sample"])
+def test_what_earlier_rounds_gave_is_kept(linear, observed, monkeypatch, part):
+    """The second round's posterior cannot be drawn from, or the first's region not be simulated in."""
+    whole, calls = getattr(Posterior, part), []
+
+    def failing(*arguments, **options):
+        calls.append(part)
+        if len(calls) > (part == "sample"):
+            raise ValueError("Expected more of the prior.")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(Posterior, part, failing)
+    settings = dict(n_rounds=3, n_per_round=30, tolerance=1e-9, fit=FIT | {"max_epochs": 2})
+    with pytest.warns(UserWarning, match="round 2 failed: Expected more of the prior.*round 1 is kept"):
+        result = ds.rounds(linear, observed, ds.NPE(linear, gaussian), jax.random.key(1), **settings)
+    assert len(result.posteriors) == len(result.samples) == len(result.leakage) == 1 and result.moved == ()
+    assert result.stop_reason == "round 2 failed: Expected more of the prior."
 
 
 def test_the_summary_is_applied_to_simulations_and_observation(linear, observed):

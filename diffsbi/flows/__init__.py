@@ -23,10 +23,17 @@ FLOWS: dict[str, Callable[..., AbstractDistribution]] = {
 NOT_SMOOTH = frozenset({"spline"})
 
 
-def is_smooth(name: str) -> bool:
-    """True when the score of the flow registered as `name` is continuously differentiable."""
-    check_names([name], list(FLOWS), "flow")
-    return name not in NOT_SMOOTH
+def is_smooth(flow: str | Callable[..., AbstractDistribution]) -> bool:
+    """True when the score of the flow is continuously differentiable.
+
+    `flow` is a name, or a constructor or `functools.partial` of one; a constructor that is not in `FLOWS` is believed.
+    """
+    if isinstance(flow, str):
+        check_names([flow], list(FLOWS), "flow")
+        return flow not in NOT_SMOOTH
+    while isinstance(flow, functools.partial):
+        flow = flow.func
+    return all(flow is not FLOWS[name] for name in NOT_SMOOTH)
 
 
 __all__ = [

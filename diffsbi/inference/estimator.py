@@ -257,7 +257,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
         return {name: np.asarray(value) for name, value in rows.items()}
 
     def _smooth(self) -> bool:
-        return not isinstance(self.density, str) or is_smooth(self.density)
+        return is_smooth(self.density)
 
     def _uses_scores(self) -> bool:
         return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))

@@ -1,5 +1,7 @@
 r"""Neural ratio estimation: $\log p(x | \theta) / p(x)$ from telling true pairs from shuffled ones, and from scores."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
@@ -56,26 +58,41 @@ class NRE(NLE):
 
     Args:
         prior: A `Prior`, or anything with a `prior` (a simulator).
+        density: A constructor `(key, m, d) -> network` whose `log_prob(v, c)` is the logarithm of the ratio, of
+            standardised data (m,) and parameters (d,); None for `RatioNetwork`.
         score_weight: As `Estimator`.
         n_classes: K, parameters that each datum is compared with.
         gamma: Odds that one of them is the true one. K = gamma = 1 is the cross-entropy of NRE-A.
-        width: Hidden units of the network.
+        width: Hidden units of `RatioNetwork`.
         depth: Its hidden layers.
     """
 
     _member = RatioMember
 
     def __init__(
-        self, prior, *, score_weight="auto", n_classes: int = 5, gamma: float = 1.0, width: int = 64, depth: int = 2
+        self,
+        prior,
+        density: Callable[..., eqx.Module] | None = None,
+        *,
+        score_weight="auto",
+        n_classes: int = 5,
+        gamma: float = 1.0,
+        width: int = 64,
+        depth: int = 2,
     ):
-        super().__init__(prior, score_weight=score_weight, density_options={"width": width, "depth": depth})
+        if density is not None and not callable(density):
+            raise ValueError(f"Expected the constructor of a ratio's network, not of a density; got {density!r}.")
+        options = {"width": width, "depth": depth} if density is None else {}
+        super().__init__(prior, density, score_weight=score_weight, density_options=options)
         if n_classes < 1 or not gamma > 0 or width < 1 or depth < 1:
             got = f"{n_classes}, {gamma}, {width} and {depth}"
             raise ValueError(f"Expected n_classes >= 1, gamma > 0, width >= 1 and depth >= 1; got {got}.")
         self.n_classes, self.gamma = int(n_classes), float(gamma)
 
     def _density(self, key: Key, dim: int, condition_dim: int):
-        return ratio_network(key, dim, condition_dim, **self.density_options)
+        return (self.density if callable(self.density) else ratio_network)(
+            key, dim, condition_dim, **self.density_options
+        )
 
     def _is_likelihood(self):
         return False

@@ -219,7 +219,8 @@ def _empty_member(density, dim: int, config: dict[str, Any]) -> Member:
     frame = LocalFrame(dim, framed["reach"], tilt) if framed else None
     standardiser = Standardiser(*(jnp.zeros(shape) for shape in shapes), bound=framed["bound"] if framed else None)
     if config.get("estimator") == "NRE":
-        return RatioMember(standardiser, ratio_network(jax.random.key(0), of, given, **config["density_options"]))
+        network = density if callable(density) else ratio_network
+        return RatioMember(standardiser, network(jax.random.key(0), of, given, **config["density_options"]))
     return Member(standardiser, build_density(jax.random.key(0), density, of, given, config["density_options"]), frame)
 
 

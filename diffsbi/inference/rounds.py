@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, Key, check_key
+from diffsbi._types import Array, Float, Key, check_finite, check_key
 from diffsbi.inference.estimator import Estimator
 from diffsbi.inference.posterior import DensityPosterior, FittedPosterior
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.prior import Prior
+from diffsbi.simulators.base import draw_shapes
 from diffsbi.store import create_store
 
 Summary = Callable[[Array], Array]
+
+
+def checked_observation(sim, x: Array) -> Array:
+    """The observation, if it is one of the simulator's."""
+    x, shape = jnp.asarray(x, jnp.result_type(float)), draw_shapes(sim)[2].shape
+    if x.shape != shape:
+        raise ValueError(f"Expected an observation of shape {shape}, as the simulator draws it; got {x.shape}.")
+    check_finite("the observation", np.asarray(x))
+    return x
 
 
 class Rounds(eqx.Module):
@@ -82,6 +93,8 @@ def rounds(
 ) -> Rounds:
     r"""Sequential estimation of p(theta | x) for one observation.
 
+    A round whose proposal or posterior cannot be drawn from ends it with a warning: what earlier rounds gave is kept.
+
     The first round draws from the prior or from `proposal` (where `estimator` has no simulations yet), later ones from
     where the posterior of the last is. Likelihoods and ratios: from that posterior itself, which needs no correction.
     Posteriors: from the prior cut to the region that holds all but 1e-4 of the posterior (TSNPE, Deistler et al. 2022,
@@ -117,8 +130,8 @@ def rounds(
         progress: Show a bar for each round.
 
     Raises:
-        ValueError: Settings that make no sense, an estimator with simulations where they would need other summaries or
-            had another proposal, or a folder of another call.
+        ValueError: Settings that make no sense, an observation that is none of the simulator's, an estimator with
+            simulations where they would need other summaries or had another proposal, or a folder of another call.
         OSError: If the disk is full.
     """
     if n_rounds < 1 or n_per_round < 1 or not tolerance > 0:
@@ -131,7 +144,7 @@ def rounds(
     if len(estimator) and (summary_at is not None or proposal is not None):
         which = "summary_at" if summary_at is not None else "proposal"
         raise ValueError(f"Expected an estimator without simulations for {which}=...; it has {len(estimator)}.")
-    x, latents = jnp.asarray(x, jnp.result_type(float)), sim.best_latents(latents)
+    x, latents = checked_observation(sim, x), sim.best_latents(latents)
     scores = dict(with_score=with_score, latents=latents, n_average=n_average)
     files = RoundFiles(folder, block_size, progress, sim, scores, x, check_key(key))
     summary = jnp.ravel if summary is None else summary
@@ -154,7 +167,11 @@ def rounds(
                 theta, inside = proposal.sample(key_theta, (n_per_round,)), None
             else:  # a region of the prior; or a likelihood's or a ratio's posterior, which asks for no correction
                 proposal = None
-                theta, inside = posteriors[-1].propose(key_theta, n_per_round)
+                try:
+                    theta, inside = posteriors[-1].propose(key_theta, n_per_round)
+                except ValueError as error:
+                    reason = _gave_up(r, error)
+                    break
             if summary_at is not None:
                 known = samples[-1] if samples else theta
                 summary = summary_at(sim.fiducial if r == 0 and proposal is None else _centre(sim.prior, known))
@@ -164,9 +181,16 @@ def rounds(
         data = [part.x for part in parts] if summary_at is None else files.summaries(r, summary, parts)
         observed = _summarised(summary, x[None])[0]
         fitted = _with(estimator, parts, data)
-        posteriors.append(fitted.fit(key_fit, **(fit or {})).condition(observed))
+        posterior = fitted.fit(key_fit, **(fit or {})).condition(observed)
+        try:
+            samples.append(np.asarray(posterior.sample(key_sample, n_samples)))
+        except ValueError as error:
+            if not posteriors:
+                raise
+            reason = _gave_up(r, error)
+            break
+        posteriors.append(posterior)
         summaries.append(summary)
-        samples.append(np.asarray(posteriors[-1].sample(key_sample, n_samples)))
         key_leak = jax.random.fold_in(key_sample, 1)
         leaked.append(_leakage(posteriors[-1], samples[-1], inside, _beyond(fitted), key_leak))
         if r > 0:
@@ -178,6 +202,13 @@ def rounds(
     return Rounds(
         tuple(posteriors), tuple(summaries), np.stack(samples), tuple(moved), tuple(leaked), simulations, reason
     )
+
+
+def _gave_up(r: int, error: ValueError) -> str:
+    """Why round `r` (from 0) ends it all; warns."""
+    reason = f"round {r + 1} failed: {error}"
+    warnings.warn(f"Stopped: {reason} The posterior of round {r} is kept.", stacklevel=3)
+    return reason
 
 
 class _Part(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from diffsbi._types import Array, Key, check_key, check_names
 from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.nre import NRE
-from diffsbi.inference.rounds import RoundFiles
+from diffsbi.inference.rounds import RoundFiles, checked_observation
 from diffsbi.prior import Prior
 
 _GRID = 1000
@@ -95,7 +95,8 @@ def truncated_marginals(
         progress: Show a bar for each round.
 
     Raises:
-        ValueError: For numbers out of range, unknown names, or a folder of another call.
+        ValueError: For numbers out of range, an observation that is none of the simulator's, unknown names, or a
+            folder of another call.
         OSError: If the disk is full.
 
     Reference: Miller et al. 2021, arXiv:2107.01214.
@@ -109,7 +110,7 @@ def truncated_marginals(
     groups = _groups(names, marginals)
     summary = jnp.ravel if summary is None else summary
     latents = sim.best_latents(latents)
-    x = jnp.asarray(x)
+    x = checked_observation(sim, x)
     observed = summary(x)
     scores = dict(with_score=with_score, latents=latents, n_average=n_average)
     files = RoundFiles(folder, block_size, progress, sim, scores, x, check_key(key))
