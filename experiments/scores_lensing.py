@@ -31,6 +31,7 @@ import diffsbi as ds
 from diffsbi import summaries
 from diffsbi._files import load_npz, read_json, write_json, write_npz
 from diffsbi.compression import GaussianFieldMode, LatentScores, MarginalScore, PathMode, ScoreChange, ScoreFrame
+from diffsbi.diagnostics import misspecification
 from experiments import command_line
 from experiments.curves import print_saved, print_table
 from experiments.lensing import (
@@ -168,8 +169,7 @@ def main(cfg: Config, out: Path) -> None:
     sim, run, x, chain = begin(cfg, "scores_lensing", out, STAGES)
     proposal, summary, pool, many = simulated(cfg, sim, run, x)
     observed = [summary(x[None], [seed])[0] for seed in range(cfg.seeds if cfg.summary == "path_mode" else 1)]
-    given = (cfg, sim, proposal, many, observed, chain, run)
-    run.once("given_summaries", lambda folder: _given_summaries(*given, folder))
+    run.once("given_summaries", functools.partial(_given_summaries, cfg, sim, proposal, many, observed, chain, run))
     given_numbers = load_npz(run.path("given_summaries", "samples.npz"))["theta"]
     references = [{"c2st": chain, "c2st_summaries": theta} for theta in given_numbers]
     rows = []
@@ -213,8 +213,8 @@ def main(cfg: Config, out: Path) -> None:
     print(f"What the summaries hold against the full field: {limit}")
     print_calibration(coverage, sim.names)
     for case in predictions:
-        about_all = f"p = {case['p_value']:.2f} of all statistics, {case['least']:.3f} the least by itself"
-        print(f"The map among predictions of {case['of']}: {about_all} ({case['worst'][0]})")
+        least = f"{case['least']:.3f} the least by itself ({case['worst'][0]})"
+        print(f"The map among predictions of {case['of']}: p = {case['p_value']:.2f} of all statistics, {least}")
 
 
 def simulated(cfg: Config, sim, run, x):
@@ -319,7 +319,6 @@ def _many(cfg: Config, sim, summary, proposal, run, folder: Path) -> dict:
     key_theta, key_draw = jax.random.split(run.key("summaries"))
     theta = (sim.prior if proposal is None else proposal).sample(key_theta, (cfg.n_reference,))
     seeds = (cfg.n_reference - 1 - np.arange(cfg.n_reference)) // (cfg.n_coverage // cfg.seeds) % cfg.seeds
-
     t = summarised(sim, summary, key_draw, cfg.n_reference, theta, of=seeds, folder=folder / "blocks")
     write_npz(folder / "pool.npz", {"theta": np.asarray(theta), "t": t})
     return {"simulations": cfg.n_reference}
@@ -383,7 +382,7 @@ def _predictions(sim, x, chain, fitted, out: Path, key) -> list[dict]:
 
 
 def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, folder: Path) -> dict:
-    """What the summaries say, from all simulations without scores, and how far NPE is from it; one row of observed."""
+    """What the summaries say, from all simulations without scores; "alike": p of the map's distance among theirs."""
     arrays, n = (many["theta"], many["t"], None), 2 * cfg.n_samples
     key = run.key("given_summaries")
     estimators = (ds.NLE, ds.NPE) if cfg.summary not in FRAMES else (ds.NPE,)
@@ -393,7 +392,8 @@ def _given_summaries(cfg: Config, sim, proposal, many, observed, chain, run, fol
     write_npz(folder / "samples.npz", {"theta": np.stack([theta, *more])})
     account = distances(theta, dict(zip(("c2st", "c2st_npe"), (chain, *others), strict=False)), sim.names, 0)
     by_regression = {} if proposal is None else {"lost": lost(many["theta"], many["t"], chain, proposal)}
-    return account | by_regression | {"simulations": cfg.n_reference}
+    alike = misspecification(many["t"], observed[0], level=0.05).p_value
+    return account | by_regression | {"alike": alike, "simulations": cfg.n_reference}
 
 
 if __name__ == "__main__":
