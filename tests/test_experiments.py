@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import numpyro.distributions as dist
 import pytest
 
 import diffsbi as ds
-from experiments import changed, command_line
+from diffsbi._files import read_json
+from experiments import changed, command_line, scores_lensing
 from experiments.curves import simulations_saved
 from experiments.information import _fisher, _measured
 from experiments.lensing import MapConfig, begin, draws_under, local_check, lost, published_files
@@ -59,6 +61,30 @@ def test_the_small_preset_runs_and_resumes(name, tmp_path, capsys):
     if name not in ("folds", "maps", "misspecified", "score_weights", "two_moons"):  # drawn by others, or a table
         figures = importlib.import_module(f"paper_figures.{name}").draw(tmp_path)
         assert figures and all(figure.axes for figure in (figures.values() if isinstance(figures, dict) else [figures]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(summary="statistics", proposal="prior", estimators=("NPE", "NLE"), n_covariance=60, n_derivative=4),
+        dict(summary="latent_scores", estimators=("NLE",), n=(20, 30), coverage_n=(20, 30), n_reference=80),
+        dict(summary="score_frame", proposal="path", n_points=8, turns=2),
+        dict(summary="field_mode", proposal="prior"),
+        dict(summary="path_mode", proposal="prior", n_points=8, turns=2),
+    ],
+    ids=lambda changes: changes["summary"],
+)
+def test_every_summary_of_lensing_maps(changes, tmp_path):
+    scores_lensing.main(dataclasses.replace(scores_lensing.PRESETS["smoke"], **changes), tmp_path)
+    found = read_json(tmp_path / "distances.json")
+    estimators = changes.get("estimators", ("NPE",))
+    assert {(row["estimator"], row["n"]) for row in found["rows"]} == set(
+        itertools.product(estimators, changes.get("n", (20,)))
+    )
+    assert all(0.4 < row["c2st"] <= 1 for row in found["rows"])
+    assert {(case["estimator"], case["observations"]) for case in found["coverage"]} == {(e, 50) for e in estimators}
+    assert len(found["frames"]) == (changes["summary"] in scores_lensing.FRAMES)
 
 
 def test_draws_under_a_proposal_have_its_weight_in_any_order():
