@@ -58,7 +58,7 @@ class _ScoresAtOnePoint(eqx.Module):
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        return draw_shapes(self.sim)[2].shape
+        return self.sim.x_shape
 
     def _start(self, x: Array):
         r"""The state at $\xi = 0$, and the function of $\xi$ that returns the state there: one gradient."""

@@ -19,7 +19,6 @@ from diffsbi.inference.posterior import DensityPosterior, FittedPosterior
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.prior import Prior
-from diffsbi.simulators.base import draw_shapes
 from diffsbi.store import create_store
 
 Summary = Callable[[Array], Array]
@@ -27,9 +26,9 @@ Summary = Callable[[Array], Array]
 
 def checked_observation(sim, x: Array) -> Array:
     """The observation, if it is one of the simulator's."""
-    x, shape = jnp.asarray(x, jnp.result_type(float)), draw_shapes(sim)[2].shape
-    if x.shape != shape:
-        raise ValueError(f"Expected an observation of shape {shape}, as the simulator draws it; got {x.shape}.")
+    x = jnp.asarray(x, jnp.result_type(float))
+    if x.shape != sim.x_shape:
+        raise ValueError(f"Expected an observation of shape {sim.x_shape}, as the simulator draws it; got {x.shape}.")
     check_finite("the observation", np.asarray(x))
     return x
 
