@@ -69,9 +69,9 @@ def test_the_small_preset_runs_and_resumes(name, tmp_path, capsys):
     [
         dict(summary="statistics", proposal="prior", estimators=("NPE", "NLE"), n_covariance=60, n_derivative=4),
         dict(summary="latent_scores", estimators=("NLE",), n=(20, 30), coverage_n=(20, 30), n_reference=80),
-        dict(summary="score_frame", proposal="path", n_points=8, turns=2),
+        dict(summary="score_frame", proposal="path", n_points=24),
         dict(summary="field_mode", proposal="prior"),
-        dict(summary="path_mode", proposal="prior", n_points=8, turns=2),
+        dict(summary="path_mode", proposal="prior", n_points=24, turns=2),
     ],
     ids=lambda changes: changes["summary"],
 )
