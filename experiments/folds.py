@@ -7,7 +7,6 @@ over simulations that no fit has seen, by pairs of the same simulations.
 
 import dataclasses
 import itertools
-import math
 from pathlib import Path
 
 import equinox as eqx
@@ -22,7 +21,7 @@ from diffsbi._types import Array, Float
 from diffsbi.runs import start_run
 from experiments import command_line
 from experiments.curves import print_table, standard_error
-from experiments.sbibm_simulators import TASKS, AbstractTask, HalfRing
+from experiments.sbibm_simulators import TASKS, HalfRing, TwoMoons
 
 CASES = tuple(itertools.product((True, False), ("sharp", "smooth")))
 
@@ -45,11 +44,8 @@ PRESETS = {"smoke": Config(60, 100, 1, 1, 3), "paper": Config()}
 class SmoothHalfRing(HalfRing):
     r"""`HalfRing` with the density $\frac2\pi\cos^2 a$ of its angle: $\sin a = 2 b - 1$, $b \sim$ Beta(3/2, 3/2)."""
 
-    def sample(self, key, sample_shape=()):
-        key_angle, key_radius = jax.random.split(key)
-        sine = 2 * Beta(1.5, 1.5).sample(key_angle, sample_shape).astype(self.centre.dtype) - 1
-        r = self.radius + self.width * jax.random.normal(key_radius, sample_shape, self.centre.dtype)
-        return self.centre + r[..., None] * jnp.stack([jnp.sqrt(1 - sine**2), sine], -1)
+    def angle(self, key, shape):
+        return jnp.arcsin(2 * Beta(1.5, 1.5).sample(key, shape).astype(self.centre.dtype) - 1)
 
     def log_prob(self, value):
         offset = value - self.centre
@@ -57,18 +53,17 @@ class SmoothHalfRing(HalfRing):
         return super().log_prob(value) + jnp.log(2 * square)
 
 
-class Moons(AbstractTask):
+class Moons(TwoMoons):
     """The benchmark's two moons, or (without the fold) one, with sharp or smooth ends."""
 
-    prior: ds.Prior
     fold: bool = eqx.field(static=True)
     ends: str = eqx.field(static=True)
 
-    def likelihood(self, theta: Float[Array, " 2"], z: Array) -> Distribution:
-        total, difference = theta[0] + theta[1], theta[1] - theta[0]
-        across = jnp.abs(total) if self.fold else total
-        ring = HalfRing if self.ends == "sharp" else SmoothHalfRing
-        return ring(jnp.stack([0.25 - across / math.sqrt(2), difference / math.sqrt(2)]))
+    def across(self, total: Array) -> Array:
+        return super().across(total) if self.fold else total
+
+    def ring(self, centre: Float[Array, " 2"]) -> Distribution:
+        return super().ring(centre) if self.ends == "sharp" else SmoothHalfRing(centre)
 
 
 def main(cfg: Config, out: Path) -> None:

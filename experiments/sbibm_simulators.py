@@ -73,7 +73,15 @@ class TwoMoons(AbstractTask):
 
     def likelihood(self, theta: Float[Array, " 2"], z: Array) -> Distribution:
         total, difference = theta[0] + theta[1], theta[1] - theta[0]
-        return HalfRing(jnp.stack([0.25 - jnp.abs(total) / math.sqrt(2), difference / math.sqrt(2)]))
+        return self.ring(jnp.stack([0.25 - self.across(total) / math.sqrt(2), difference / math.sqrt(2)]))
+
+    def across(self, total: Array) -> Array:
+        """What the data depend on of θ₁ + θ₂."""
+        return jnp.abs(total)
+
+    def ring(self, centre: Float[Array, " 2"]) -> Distribution:
+        """Of the data about their centre."""
+        return HalfRing(centre)
 
 
 class HalfRing(Distribution):
@@ -90,9 +98,13 @@ class HalfRing(Distribution):
 
     def sample(self, key, sample_shape=()):
         key_angle, key_radius = jax.random.split(key)
-        a = jax.random.uniform(key_angle, sample_shape, self.centre.dtype, -math.pi / 2, math.pi / 2)
+        a = self.angle(key_angle, sample_shape)
         r = self.radius + self.width * jax.random.normal(key_radius, sample_shape, self.centre.dtype)
         return self.centre + r[..., None] * jnp.stack([jnp.cos(a), jnp.sin(a)], -1)
+
+    def angle(self, key, shape):
+        """Draws of a."""
+        return jax.random.uniform(key, shape, self.centre.dtype, -math.pi / 2, math.pi / 2)
 
     def log_prob(self, value):
         offset = value - self.centre

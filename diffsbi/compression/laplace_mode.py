@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from diffsbi._robust import median_and_spread
 from diffsbi._types import Array, Float, check_trailing, checked_rows
 from diffsbi.inference.frames import pack_frame
+from diffsbi.simulators.base import draw_shapes
 from diffsbi.simulators.laplace import MAX_LATENTS, positive, slope_and_curvature
 
 _DAMPING = (1e-6, 1e-1, 1e8)  # least, first and largest
@@ -78,7 +79,7 @@ class LaplaceMode(eqx.Module):
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        return self.sim.x_shape
+        return draw_shapes(self.sim)[2].shape
 
     def many(self, x, *, progress: bool = False) -> Float[Array, "m k"]:
         """The numbers of every row of `x`.

@@ -58,7 +58,7 @@ class _ScoresAtOnePoint(eqx.Module):
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        return self.sim.x_shape
+        return draw_shapes(self.sim)[2].shape
 
     def _start(self, x: Array):
         r"""The state at $\xi = 0$, and the function of $\xi$ that returns the state there: one gradient."""

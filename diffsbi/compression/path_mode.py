@@ -16,7 +16,7 @@ from diffsbi.sampling.blocks import START, BlockStore, array_digest
 from diffsbi.sampling.full_field import starting_frame
 from diffsbi.sampling.path import check_lengths, path_posterior
 from diffsbi.sampling.walk import PathError
-from diffsbi.simulators.base import AbstractSimulator
+from diffsbi.simulators.base import AbstractSimulator, draw_shapes
 
 RETRIES = 2  # of a path that fails, each with twice as many turns as the last
 
@@ -84,7 +84,7 @@ class PathMode(eqx.Module):
             ValueError: Rows of another shape than the simulator's data, or not finite; a folder of other rows or
                 another simulator.
         """
-        x = checked_rows(x, self.sim.x_shape)
+        x = checked_rows(x, draw_shapes(self.sim)[2].shape)
         store = BlockStore(Path(folder), self._about(x)) if folder else None
         found = []
         for k, row in enumerate(tqdm(x, desc=type(self).__name__, unit="row", disable=not progress)):

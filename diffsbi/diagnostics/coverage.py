@@ -88,7 +88,8 @@ def tarp(samples, truths, *, seed: int = 0, references="posterior", levels=None)
         seed: Seed of the points of a "box".
         references: The points. "posterior": for each observation one standard deviation from the mean in every
             parameter, of the first half of its draws; the second half is compared. "box": uniform in the box of all
-            truths, which is almost blind to a shift where posteriors are narrower than that. Or an array `(n, p)`.
+            truths, almost blind to a shift where posteriors are narrower than that; errors of fits from a wide prior
+            have been seen by these alone. Or an array `(n, p)`.
         levels: Credibility levels in (0, 1); 0.05 to 0.95 by default.
 
     Reference: Lemos et al. 2023, arXiv:2302.03026.

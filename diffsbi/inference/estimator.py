@@ -113,7 +113,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
             ValueError: Wrong shapes, values that are not finite, theta outside the prior, or scores for only some
                 of the rows.
         """
-        if score is not None and self._uses_scores() and not self.force_scores and not self._smooth():
+        if score is not None and self._uses_scores() and not self.force_scores and not is_smooth(self.density):
             raise ValueError(
                 f"Expected a smooth density for scores; the score of {self.density!r} is not continuous. "
                 "Choose another density, score_weight=0, or force_scores=True."
@@ -255,9 +255,6 @@ class Estimator(abc.ABC, Generic[Fitted]):
         for name, value in rows.items():
             check_finite(f"{name} in unconstrained space", value)
         return {name: np.asarray(value) for name, value in rows.items()}
-
-    def _smooth(self) -> bool:
-        return is_smooth(self.density)
 
     def _uses_scores(self) -> bool:
         return isinstance(self.score_weight, str) or bool(np.any(self.score_weight > 0))

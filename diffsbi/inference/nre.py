@@ -1,6 +1,7 @@
 r"""Neural ratio estimation: $\log p(x | \theta) / p(x)$ from telling true pairs from shuffled ones, and from scores."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -90,9 +91,7 @@ class NRE(NLE):
         self.n_classes, self.gamma = int(n_classes), float(gamma)
 
     def _density(self, key: Key, dim: int, condition_dim: int):
-        return (self.density if callable(self.density) else ratio_network)(
-            key, dim, condition_dim, **self.density_options
-        )
+        return build_ratio(key, self.density, dim, condition_dim, self.density_options)
 
     def _is_likelihood(self):
         return False
@@ -110,3 +109,8 @@ class NRE(NLE):
 def ratio_network(key: Key, dim: int, condition_dim: int, width: int = 64, depth: int = 2) -> RatioNetwork:
     """A new `RatioNetwork`."""
     return RatioNetwork(small_network(key, dim + condition_dim, "scalar", width, depth))
+
+
+def build_ratio(key: Key, density, dim: int, condition_dim: int, options: dict[str, Any]) -> eqx.Module:
+    """An untrained ratio: of `density` where that is a constructor, else `ratio_network`."""
+    return (density if callable(density) else ratio_network)(key, dim, condition_dim, **options)

@@ -25,7 +25,7 @@ from diffsbi._types import check_names
 from diffsbi.inference.estimator import build_density
 from diffsbi.inference.frames import LocalFrame
 from diffsbi.inference.nle import LikelihoodPosterior
-from diffsbi.inference.nre import RatioMember, ratio_network
+from diffsbi.inference.nre import RatioMember, build_ratio
 from diffsbi.inference.posterior import FittedPosterior, Member, Posterior
 from diffsbi.inference.proposals import GaussianProposal, Proposals
 from diffsbi.inference.reweighted import ReweightedPosterior
@@ -219,8 +219,7 @@ def _empty_member(density, dim: int, config: dict[str, Any]) -> Member:
     frame = LocalFrame(dim, framed["reach"], tilt) if framed else None
     standardiser = Standardiser(*(jnp.zeros(shape) for shape in shapes), bound=framed["bound"] if framed else None)
     if config.get("estimator") == "NRE":
-        network = density if callable(density) else ratio_network
-        return RatioMember(standardiser, network(jax.random.key(0), of, given, **config["density_options"]))
+        return RatioMember(standardiser, build_ratio(jax.random.key(0), density, of, given, config["density_options"]))
     return Member(standardiser, build_density(jax.random.key(0), density, of, given, config["density_options"]), frame)
 
 

@@ -13,24 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from diffsbi._types import Array, Float, Key, check_finite, check_key
+from diffsbi._types import Array, Float, Key, check_key
 from diffsbi.inference.estimator import Estimator
 from diffsbi.inference.posterior import DensityPosterior, FittedPosterior
 from diffsbi.inference.proposals import GaussianProposal, gaussian_proposal
 from diffsbi.inference.reweighted import ReweightedPosterior
 from diffsbi.prior import Prior
+from diffsbi.sampling.full_field import observed as observed_by
 from diffsbi.store import create_store
 
 Summary = Callable[[Array], Array]
-
-
-def checked_observation(sim, x: Array) -> Array:
-    """The observation, if it is one of the simulator's."""
-    x = jnp.asarray(x, jnp.result_type(float))
-    if x.shape != sim.x_shape:
-        raise ValueError(f"Expected an observation of shape {sim.x_shape}, as the simulator draws it; got {x.shape}.")
-    check_finite("the observation", np.asarray(x))
-    return x
 
 
 class Rounds(eqx.Module):
@@ -143,7 +135,7 @@ def rounds(
     if len(estimator) and (summary_at is not None or proposal is not None):
         which = "summary_at" if summary_at is not None else "proposal"
         raise ValueError(f"Expected an estimator without simulations for {which}=...; it has {len(estimator)}.")
-    x, latents = checked_observation(sim, x), sim.best_latents(latents)
+    (x, _), latents = observed_by(sim, x), sim.best_latents(latents)
     scores = dict(with_score=with_score, latents=latents, n_average=n_average)
     files = RoundFiles(folder, block_size, progress, sim, scores, x, check_key(key))
     summary = jnp.ravel if summary is None else summary

@@ -12,8 +12,9 @@ import numpy as np
 from diffsbi._types import Array, Key, check_key, check_names
 from diffsbi.inference.nle import LikelihoodPosterior
 from diffsbi.inference.nre import NRE
-from diffsbi.inference.rounds import RoundFiles, checked_observation
+from diffsbi.inference.rounds import RoundFiles
 from diffsbi.prior import Prior
+from diffsbi.sampling.full_field import observed as observed_by
 
 _GRID = 1000
 _TAIL = 1e-6  # prior mass left out beyond an end that has no bound
@@ -110,7 +111,7 @@ def truncated_marginals(
     groups = _groups(names, marginals)
     summary = jnp.ravel if summary is None else summary
     latents = sim.best_latents(latents)
-    x = checked_observation(sim, x)
+    x, _ = observed_by(sim, x)
     observed = summary(x)
     scores = dict(with_score=with_score, latents=latents, n_average=n_average)
     files = RoundFiles(folder, block_size, progress, sim, scores, x, check_key(key))

@@ -93,11 +93,6 @@ class AbstractSimulator(eqx.Module):
     def fiducial(self) -> Float[Array, " p"]:
         return self.prior.fiducial
 
-    @property
-    def x_shape(self) -> tuple[int, ...]:
-        """Of the data of one simulation."""
-        return draw_shapes(self)[2].shape
-
     def transport(self, latents: str = "white") -> AbstractTransport:
         """The named latent coordinate."""
         offered = self.transports()
