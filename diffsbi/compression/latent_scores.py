@@ -16,7 +16,7 @@ from diffsbi._types import Array, Float, check_finite, check_trailing, checked_r
 from diffsbi.inference.frames import pack_frame
 from diffsbi.integrators import QUARTER_TURN, kick, rotate
 from diffsbi.prior import Prior
-from diffsbi.simulators.averaging import energy_lost, energy_slack, evaluator
+from diffsbi.simulators.averaging import energy_lost, energy_slack, evaluator, unevaluated
 from diffsbi.simulators.base import draw_shapes
 
 _FEWEST_STEPS = 4  # of a quarter turn
@@ -187,9 +187,9 @@ class MarginalScore(_ScoresAtOnePoint):
         key, zero = jax.random.key(self.seed), jax.tree.map(jnp.zeros_like, self.state)
         limit = energy_slack(start.size)
 
-        def turn(carry, k):
+        def turn(carry, k):  # -1 evaluates the start where it is
             at, n_steps = carry
-            angle = QUARTER_TURN / n_steps.astype(start.dtype)
+            angle = jnp.where(k < 0, 0, QUARTER_TURN / n_steps.astype(start.dtype))
 
             def step(_, carry):
                 at, p, path = carry
@@ -197,15 +197,15 @@ class MarginalScore(_ScoresAtOnePoint):
                 at = evaluate(xi)
                 return at, kick(xi, p, at.slope, angle / 2), jax.tree.map(jnp.add, path, at.slope_of_setup)
 
-            momentum = jax.random.normal(jax.random.fold_in(key, k), start.shape, start.dtype)
-            new, p, path = jax.lax.fori_loop(0, n_steps, step, (at, momentum, zero))
-            good = energy_lost(at, new, momentum, p) > -limit  # not where it is NaN
+            momentum = jax.random.normal(jax.random.fold_in(key, jnp.maximum(k, 0)), start.shape, start.dtype)
+            new, p, path = jax.lax.fori_loop(0, jnp.where(k < 0, 1, n_steps), step, (at, momentum, zero))
+            good = (k < 0) | (energy_lost(at, new, momentum, p) > -limit)  # not where it is NaN
             score = jnp.where(good, self._score(path) / n_steps, jnp.nan)
             at = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, at)
             return (at, jnp.where(good, n_steps, jnp.minimum(2 * n_steps, 16 * self.n_steps))), score
 
-        carry = (evaluate(start), jnp.asarray(self.n_steps))
-        return jax.lax.scan(turn, carry, jnp.arange(self.n_turns))[1]
+        carry = (unevaluated(evaluate, start), jnp.asarray(self.n_steps))
+        return jax.lax.scan(turn, carry, jnp.arange(-1, self.n_turns))[1][1:]
 
 
 class ScoreChange(eqx.Module):

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from diffsbi._types import Array, Float, Key, check_key
 from diffsbi.compression.information import jackknife_error, log_det
 from diffsbi.compression.latent_scores import chain_rule, checked_point, setup_and_jacobian
-from diffsbi.simulators.averaging import LOW_ACCEPTANCE, best_steps, evaluator, quarter_turn
+from diffsbi.simulators.averaging import LOW_ACCEPTANCE, best_steps, evaluator, quarter_turn, unevaluated
 from diffsbi.simulators.base import AbstractSimulator
 
 BLOCK = 50
@@ -176,12 +176,13 @@ def _scores(sim, at, key, rows, n_steps, *, latents: str, n_average: int):
         x = sim.likelihood(setup, z).sample(key_x)
         evaluate = functools.partial(evaluator(sim, x, latents), setup)
 
-        def turn(state, k):
-            after, _, acceptance = quarter_turn(evaluate, state, jax.random.fold_in(key_chain, k), n_steps)
+        def turn(state, k):  # -1 evaluates the state where it is
+            key_turn = jax.random.fold_in(key_chain, jnp.maximum(k, 0))
+            after, _, acceptance = quarter_turn(evaluate, state, key_turn, n_steps, still=k < 0)
             return after, (chain_rule(after.slope_of_setup, jacobian), acceptance)
 
-        start = evaluate(transport.from_latents(setup, z, x)[0])
-        _, (scores, acceptance) = jax.lax.scan(turn, start, jnp.arange(n_average - 1))
-        return jnp.concatenate([chain_rule(start.slope_of_setup, jacobian)[None], scores]), jnp.mean(acceptance)
+        start = unevaluated(evaluate, transport.from_latents(setup, z, x)[0])
+        _, (scores, acceptance) = jax.lax.scan(turn, start, jnp.arange(-1, n_average - 1))
+        return scores, jnp.mean(acceptance[1:])
 
     return jax.lax.map(one, rows)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffsbi._types import Key
-from diffsbi.simulators.averaging import energy_slack, evaluator, quarter_turn
+from diffsbi.simulators.averaging import energy_slack, evaluator, quarter_turn, unevaluated
 
 LEAST_ACCEPTANCE, MOST_STEPS = 0.7, 16
 BURN_IN = 4  # quarter turns between two looks at the acceptance, before the path begins
@@ -82,19 +82,21 @@ def _visit(sim, x, u, xi, key, n_steps, n_turns, slack_at_first, slack, *, laten
     setup, pull_back = jax.vjp(lambda u: sim.setup(sim.prior.from_unconstrained(u)), u)
     evaluate = functools.partial(evaluator(sim, x, latents), setup)
     key_first, key = jax.random.split(key)
-    state, _, _ = quarter_turn(evaluate, evaluate(xi), key_first, n_steps, slack_at_first)
 
-    def turn(k, carry):
+    def turn(k, carry):  # -2 evaluates the state where it is, -1 is not counted
         state, total, accepted = carry
-        after, end, acceptance = quarter_turn(evaluate, state, jax.random.fold_in(key, k), n_steps, slack)
+        key_turn = jnp.where(k < 0, key_first, jax.random.fold_in(key, jnp.maximum(k, 0)))
+        of_turn = jnp.where(k < 0, slack_at_first, slack)
+        after, end, acceptance = quarter_turn(evaluate, state, key_turn, n_steps, of_turn, still=k == -2)
 
         def add(total, end, start):  # what was proposed counts as often as it would be accepted
-            return total + jnp.where(acceptance > 0, acceptance * end, 0) + (1 - acceptance) * start
+            mean = jnp.where(acceptance > 0, acceptance * end, 0) + (1 - acceptance) * start
+            return jnp.where(k < 0, total, total + mean)
 
         total = jax.tree.map(add, total, end.slope_of_setup, state.slope_of_setup)
-        return after, total, accepted + acceptance
+        return after, total, jnp.where(k < 0, accepted, accepted + acceptance)
 
-    start = (state, jax.tree.map(jnp.zeros_like, state.slope_of_setup), jnp.zeros_like(state.value))
-    state, total, accepted = jax.lax.fori_loop(0, n_turns, turn, start)
+    start = unevaluated(evaluate, xi)
+    state, total, accepted = jax.lax.fori_loop(-2, n_turns, turn, (start, start.slope_of_setup, start.value))
     (score,) = pull_back(jax.tree.map(lambda a: a / n_turns, total))
     return state.xi, score, accepted / n_turns

@@ -51,6 +51,15 @@ def evaluator(sim, x: Array, latents: str) -> Callable[[Any, Array], State]:
     return evaluate
 
 
+def unevaluated(evaluate: Callable[[Array], State], xi: Array) -> State:
+    """A state at xi that is still to be evaluated, by the loop over all further states.
+
+    With a gradient before the loop and one in it compilation takes twice as long.
+    """
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(evaluate, xi))
+    return empty._replace(xi=xi)
+
+
 def best_steps(acceptance_with: Callable[[int], float], most: int = 12) -> int:
     """Steps of a quarter turn with the most acceptance for their number: more are tried while they could be better."""
     best, steps = 0.0, 1
@@ -100,21 +109,22 @@ def average_score(
 
     once_around = 4 * n_steps - 1  # one more step, and it would be back at its start
 
-    def step(k, carry):
+    def step(k, carry):  # the first only evaluates the state where it is
         path, total, count, acceptance = carry
         place, (key_begin, key_choice) = (k - 1) % once_around, jax.random.split(jax.random.fold_in(key, k))
         most = jnp.minimum(once_around, n_average - k)  # steps of a trajectory that starts here
         path = jax.lax.cond(place == 0, lambda: _begin(path.chosen, key_begin, most, n_steps), lambda: path)
         counts = (path.most > n_steps) | (place + 1 == path.most)
-        path = _extended(evaluate, path, place, counts, key_choice, QUARTER_TURN / n_steps)
-        states = jnp.where(place + 1 == path.most, place + 2, 0)  # none before its end
+        path = _extended(evaluate, path, place, counts, key_choice, QUARTER_TURN / n_steps, k == 0)
+        states = jnp.where((k > 0) & (place + 1 == path.most), place + 2, 0)  # none before its end
         total = jax.tree.map(lambda a, mean: a + states * mean, total, path.mean)
-        return path, total, count + states, acceptance + jnp.minimum(1.0, jnp.exp(path.log_weight))
+        accepted = jnp.where(k > 0, jnp.minimum(1.0, jnp.exp(path.log_weight)), 0)
+        path = _where(k > 0, path, _at(path.end, path.moved, 0, 0))
+        return path, total, count + states, acceptance + accepted
 
-    first = evaluate(xi)
-    zero = jax.tree.map(jnp.zeros_like, first.slope_of_setup)
-    start = (_at(first, jnp.zeros_like(xi), 0, 0), zero, 0, jnp.zeros_like(first.value))
-    _, total, count, acceptance = jax.lax.fori_loop(1, n_average, step, start)
+    first = unevaluated(evaluate, xi)
+    start = (_at(first, jnp.zeros_like(xi), 0, 0), first.slope_of_setup, 0, first.value)
+    _, total, count, acceptance = jax.lax.fori_loop(0, n_average, step, start)
     (score,) = pull_back(jax.tree.map(lambda a: a / count, total))
     return score, acceptance / (n_average - 1)
 
@@ -148,12 +158,12 @@ def _begin(state: State, key: Key, most, n_steps) -> _Trajectory:
     return _at(state, momentum, most, jnp.where(most > n_steps, ahead, most * ahead))
 
 
-def _extended(evaluate, path: _Trajectory, place, counts, key: Key, angle) -> _Trajectory:
+def _extended(evaluate, path: _Trajectory, place, counts, key: Key, angle, still=False) -> _Trajectory:
     """The trajectory with its step number `place`: on from its end, then backwards from its start."""
     back = place == path.ahead
     origin = path.start, -path.momentum, jnp.zeros_like(path.log_weight)
     here, momentum, log_weight = _where(back, origin, (path.end, path.moved, path.log_weight))
-    new, moved, change = _steps(evaluate, here, momentum, angle, 1)
+    new, moved, change = _steps(evaluate, here, momentum, angle, 1, still)
     log_weight = jnp.where(jnp.isfinite(change), log_weight + change, -jnp.inf).astype(path.log_weight.dtype)
     counted = jnp.where(counts, log_weight, -jnp.inf)
     log_total = jnp.logaddexp(path.log_total, counted)
@@ -168,10 +178,13 @@ def _where(condition, yes, no):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def _steps(evaluate, state: State, momentum: Array, angle, n_steps) -> tuple[State, Array, Array]:
-    """The state and the momentum after so many steps of an `angle`, and the energy lost: two gradients a step."""
+def _steps(evaluate, state: State, momentum: Array, angle, n_steps, still=False) -> tuple[State, Array, Array]:
+    """The state and the momentum after so many steps of an `angle`, and the energy lost: two gradients a step.
+
+    The same state, evaluated by one gradient, where it is to stand `still`; the energy then says nothing.
+    """
     dtype = state.xi.dtype
-    step = jnp.asarray(angle, dtype)
+    step = jnp.where(still, 0, angle).astype(dtype)
 
     def half_step(i, carry):
         new, p = carry
@@ -181,12 +194,12 @@ def _steps(evaluate, state: State, momentum: Array, angle, n_steps) -> tuple[Sta
         q, p = rotate(new.xi, kick(new.xi, p, new.slope, weight * step), step / 2)
         return evaluate(q), p
 
-    new, p = jax.lax.fori_loop(0, 2 * n_steps, half_step, (state, momentum))
+    new, p = jax.lax.fori_loop(0, jnp.where(still, 1, 2 * n_steps), half_step, (state, momentum))
     p = kick(new.xi, p, new.slope, KICKS[2] * step)
     return new, p, energy_lost(state, new, momentum, p)
 
 
-def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0) -> tuple[State, State, Array]:
+def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0, still=False) -> tuple[State, State, Array]:
     r"""A quarter turn with a new momentum: 2 `n_steps` gradients.
 
     Args:
@@ -196,13 +209,15 @@ def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0) -> tuple[
         n_steps: Steps.
         slack: Accepted in any case if the energy grows by less; a chain that has yet to come to where it belongs would
             stand still without it.
+        still: Whether the state is only evaluated (`unevaluated`): one gradient, acceptance 1.
 
     Returns:
         The state after the turn, that at the trajectory's end whether accepted or not, and the Metropolis acceptance.
     """
     key_p, key_u = jax.random.split(key)
     momentum = jax.random.normal(key_p, state.xi.shape, state.xi.dtype)
-    new, _, change = _steps(evaluate, state, momentum, QUARTER_TURN / n_steps, n_steps)
+    new, _, change = _steps(evaluate, state, momentum, QUARTER_TURN / n_steps, n_steps, still)
+    change = jnp.where(still, 0, change)
     acceptance = jnp.where(jnp.isfinite(change), jnp.minimum(1.0, jnp.exp(change)), 0.0).astype(state.value.dtype)
     accepted = (jax.random.uniform(key_u, dtype=acceptance.dtype) < acceptance) | (change > -slack)
     return _where(accepted, new, state), new, acceptance
