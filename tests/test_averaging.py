@@ -10,7 +10,9 @@ import numpyro.distributions as dist
 import pytest
 from one_theta import draws_at
 
+from diffsbi.compression import MarginalScore
 from diffsbi.prior import Prior
+from diffsbi.sampling.walk import _visit
 from diffsbi.simulators import averaging, lsst_y10
 from diffsbi.simulators.averaging import average_score
 from diffsbi.simulators.base import AbstractSimulator
@@ -236,3 +238,21 @@ def test_steps_that_are_never_accepted_are_told(x64):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call(Stars())
+
+
+@pytest.mark.parametrize("of", ["average_score", "path", "marginal_score"])
+def test_only_one_gradient_is_compiled(of):
+    """The program has the cosine of the density's slope once: users wait for each."""
+    sim, theta, x, key = Stars(), jnp.array([2.0, 0.1]), jnp.ones(2), jax.random.key(0)
+    one = jax.make_jaxpr(functools.partial(averaging.evaluator(sim, x, "white"), sim.setup(theta)))(jnp.ones(1))
+    if of == "average_score":
+        program = jax.make_jaxpr(functools.partial(average_score, sim, latents="white", n_average=5, n_steps=2))(
+            theta, jnp.ones(1), x, key
+        )
+    elif of == "path":
+        program = jax.make_jaxpr(lambda u, xi: _visit(sim, x, u, xi, key, 2, 3, 1.0, 0.0, latents="white"))(
+            sim.prior.to_unconstrained(theta), jnp.zeros(1)
+        )
+    else:
+        program = jax.make_jaxpr(MarginalScore(sim, theta, latents="white").turns)(x)
+    assert str(program).count("= cos ") == str(one).count("= cos ") == 1
