@@ -126,8 +126,8 @@ PRESETS = {
     ),
     # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
     "large": Config(
-        n_pix=256, summary="marginal_score", steps=4, n=(25, 50, 100, 200, 400), n_scored=100,
-        n_reference=2005, coverage_n=(100,), n_coverage=505, ess=1000.0, members=2,
+        n_pix=256, summary="marginal_score", steps=4, n_scored=1000, n_reference=5000, coverage_n=(100,),
+        n_coverage=505, ess=1000.0, members=2,
     ),
     # The published observation with the shift that it was made with; NPE and NLE.
     "published": Config(
