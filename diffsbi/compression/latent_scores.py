@@ -197,7 +197,7 @@ class MarginalScore(_ScoresAtOnePoint):
                 at = evaluate(xi)
                 return at, kick(xi, p, at.slope, angle / 2), jax.tree.map(jnp.add, path, at.slope_of_setup)
 
-            momentum = jax.random.normal(jax.random.fold_in(key, jnp.maximum(k, 0)), start.shape, start.dtype)
+            momentum = jax.random.normal(jax.random.fold_in(key, k), start.shape, start.dtype)
             new, p, path = jax.lax.fori_loop(0, jnp.where(k < 0, 1, n_steps), step, (at, momentum, zero))
             good = (k < 0) | (energy_lost(at, new, momentum, p) > -limit)  # not where it is NaN
             score = jnp.where(good, self._score(path) / n_steps, jnp.nan)

@@ -177,7 +177,7 @@ def _scores(sim, at, key, rows, n_steps, *, latents: str, n_average: int):
         evaluate = functools.partial(evaluator(sim, x, latents), setup)
 
         def turn(state, k):  # -1 evaluates the state where it is
-            key_turn = jax.random.fold_in(key_chain, jnp.maximum(k, 0))
+            key_turn = jax.random.fold_in(key_chain, k)
             after, _, acceptance = quarter_turn(evaluate, state, key_turn, n_steps, still=k < 0)
             return after, (chain_rule(after.slope_of_setup, jacobian), acceptance)
 

@@ -85,7 +85,7 @@ def _visit(sim, x, u, xi, key, n_steps, n_turns, slack_at_first, slack, *, laten
 
     def turn(k, carry):  # -2 evaluates the state where it is, -1 is not counted
         state, total, accepted = carry
-        key_turn = jnp.where(k < 0, key_first, jax.random.fold_in(key, jnp.maximum(k, 0)))
+        key_turn = jnp.where(k < 0, key_first, jax.random.fold_in(key, k))
         of_turn = jnp.where(k < 0, slack_at_first, slack)
         after, end, acceptance = quarter_turn(evaluate, state, key_turn, n_steps, of_turn, still=k == -2)
 

@@ -181,7 +181,7 @@ def _where(condition, yes, no):
 def _steps(evaluate, state: State, momentum: Array, angle, n_steps, still=False) -> tuple[State, Array, Array]:
     """The state and the momentum after so many steps of an `angle`, and the energy lost: two gradients a step.
 
-    The same state, evaluated by one gradient, where it is to stand `still`; the energy then says nothing.
+    The same state, evaluated by one gradient, where it is to stand `still`: no energy is lost.
     """
     dtype = state.xi.dtype
     step = jnp.where(still, 0, angle).astype(dtype)
@@ -196,7 +196,7 @@ def _steps(evaluate, state: State, momentum: Array, angle, n_steps, still=False)
 
     new, p = jax.lax.fori_loop(0, jnp.where(still, 1, 2 * n_steps), half_step, (state, momentum))
     p = kick(new.xi, p, new.slope, KICKS[2] * step)
-    return new, p, energy_lost(state, new, momentum, p)
+    return new, p, jnp.where(still, 0, energy_lost(state, new, momentum, p))
 
 
 def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0, still=False) -> tuple[State, State, Array]:
@@ -217,7 +217,6 @@ def quarter_turn(evaluate, state: State, key: Key, n_steps, slack=0.0, still=Fal
     key_p, key_u = jax.random.split(key)
     momentum = jax.random.normal(key_p, state.xi.shape, state.xi.dtype)
     new, _, change = _steps(evaluate, state, momentum, QUARTER_TURN / n_steps, n_steps, still)
-    change = jnp.where(still, 0, change)
     acceptance = jnp.where(jnp.isfinite(change), jnp.minimum(1.0, jnp.exp(change)), 0.0).astype(state.value.dtype)
     accepted = (jax.random.uniform(key_u, dtype=acceptance.dtype) < acceptance) | (change > -slack)
     return _where(accepted, new, state), new, acceptance
