@@ -10,9 +10,8 @@ in whose coordinates NPE then works: the posterior of a Gaussian field (`"field_
 marginal scores (`"path_mode"`, with momenta of each seed's own), or that of the observed map's path, moved by each
 map's marginal score (`"score_frame"`). Draws of that normal are compared by themselves. Every posterior is also
 compared with what the numbers themselves say, as NLE (NPE for frames) learns it from `n_reference` simulations without
-scores (there is no exact answer). Parameters are drawn from the prior, from the power-spectrum posterior of the map, or
-from that of its path (`gaussian_proposal`). Each seed has its own simulations; those of a smaller N are the first ones
-of a larger.
+scores. Parameters are drawn from the prior, from the power-spectrum posterior of the map, or from that of its path
+(`gaussian_proposal`). Each seed has its own simulations; those of a smaller N are the first ones of a larger.
 
 Calibration (SBC ranks, TARP) is tested on `n_coverage` simulated observations from where the parameters were drawn,
 shared out among the seeds: of the way of fitting, not of one fit. The prior there is that proposal. L-C2ST asks the
@@ -96,6 +95,9 @@ class Config(MapConfig):
     members: int = 4
 
 
+# NPE in each map's own frame.
+_frames = functools.partial(Config, estimators=("NPE",), coverage_n=(100,), members=2)
+
 PRESETS = {
     "smoke": Config(
         n_pix=16, summary="marginal_score", turns=4, n=(20,), n_scored=20, seeds=1, estimators=("NPE",),
@@ -108,49 +110,47 @@ PRESETS = {
     "short": Config(n=(50, 100, 200, 400), n_scored=400, scores=(("whitened", 8),), n_reference=8000),
     # 64², compressed by gradients alone: no simulation but those of the fits.
     "latent_scores": Config(summary="latent_scores", n_reference=4000, coverage_n=(100,)),
-    # 64², parameters from the whole prior, NPE in each map's own frame.
-    "prior_frames": Config(
-        summary="field_mode", proposal="prior", n=(25, 50, 100, 200, 400), n_scored=200, estimators=("NPE",),
-        n_reference=1500, coverage_n=(100,), members=2,
+    # Parameters from the whole prior.
+    "prior_frames": _frames(
+        summary="field_mode", proposal="prior", n=(25, 50, 100, 200, 400), n_scored=200, n_reference=1500,
     ),
     # The same in the frames of short paths.
-    "prior_paths": Config(
-        summary="path_mode", turns=2, proposal="prior", n=(25, 50, 100), n_scored=100, estimators=("NPE",),
-        scores=(("whitened", 8),), n_reference=500, coverage_n=(100,), members=2,
+    "prior_paths": _frames(
+        summary="path_mode", turns=2, proposal="prior", n=(25, 50, 100), n_scored=100, scores=(("whitened", 8),),
+        n_reference=500,
     ),
     # Few, and few to test them on: two hours on one core.
-    "large_prior_paths": Config(
+    "large_prior_paths": _frames(
         n_pix=256, summary="path_mode", turns=2, proposal="prior", n=(25,), n_scored=25, seeds=4,
-        estimators=("NPE",), scores=(("whitened", 8),), n_reference=40, coverage_n=(25,), n_coverage=40,
-        ess=1000.0, members=2,
+        scores=(("whitened", 8),), n_reference=40, coverage_n=(25,), n_coverage=40, ess=1000.0,
     ),
-    # The full configuration, by gradients alone; sizes past the scored ones tell how many without scores it takes.
+    # The full configuration, by gradients alone.
     "large": Config(
         n_pix=256, summary="marginal_score", steps=4, n_scored=1000, n_reference=5000, coverage_n=(100,),
         n_coverage=505, ess=1000.0, members=2,
     ),
-    # The published observation with the shift that it was made with; NPE and NLE.
+    # The published observation with the shift that it was made with.
     "published": Config(
-        n_pix=256, observation="published", summary="marginal_score", steps=4, n=(25, 50, 100, 200), n_scored=100,
-        n_reference=505, coverage_n=(100,), n_coverage=505, ess=500.0, members=2,
+        n_pix=256, observation="published", summary="marginal_score", steps=4, n_scored=1000, n_reference=5000,
+        coverage_n=(100,), n_coverage=505, ess=500.0, members=2,
     ),
     # The same map from where its path is, in frames of that path's posterior.
-    "published_path": Config(
+    "published_path": _frames(
         n_pix=256, observation="published", proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=48,
-        steps=4, n=(25, 50), n_scored=50, estimators=("NPE",), n_reference=80, coverage_n=(50,), n_coverage=80,
-        ess=500.0, members=2,
+        steps=4, n=(25, 50), n_scored=50, n_reference=80, coverage_n=(50,), n_coverage=80, ess=500.0,
     ),
-    # The same way of two simulated maps.
-    "path_frames": Config(
+    # The same way of a simulated map.
+    "path_frames": _frames(
         proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100, 400), n_scored=100,
-        estimators=("NPE",), n_reference=1500, coverage_n=(100,), members=2,
-    ),
-    "large_path_frames": Config(
-        n_pix=256, proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100),
-        n_scored=100, estimators=("NPE",), n_reference=505, coverage_n=(100,), n_coverage=505,
-        ess=1000.0, members=2,
+        n_reference=1500,
     ),
 }  # fmt: skip
+PRESETS |= {
+    "large_prior_frames": dataclasses.replace(PRESETS["prior_frames"], n_pix=256, ess=1000.0),
+    "large_path_frames": dataclasses.replace(
+        PRESETS["path_frames"], n_pix=256, n=(25, 50, 100), n_reference=505, n_coverage=505, ess=1000.0
+    ),
+}
 
 
 def main(cfg: Config, out: Path) -> None:
