@@ -27,19 +27,12 @@ COLORS = {
 }
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BAND = "#CCE3F0"
+Rows = Sequence[tuple[str, float, float, float]]
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "lines.linewidth": 1.3,
-    "savefig.dpi": 150,
-    "figure.dpi": 110,
-}
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "lines.linewidth": 1.3,
+    "savefig.dpi": 150, "figure.dpi": 110,
+}  # fmt: skip
 
 __all__ = [
     "COLORS", "LABELS", "contours", "cost_with_size", "efficiency", "maps", "png", "reconstruction", "save", "spectra",
@@ -142,9 +135,8 @@ def efficiency(rows: Mapping[str, Mapping[str, float]], target: float | None = N
             axis.plot([min(row.values()), max(row.values())], [y, y], color="#BBBBBB", lw=2.5, zorder=1)
             for i, name in enumerate(names):
                 if name in row:
-                    axis.plot(
-                        row[name], y, "o", ms=4.5, color=CYCLE[i % len(CYCLE)], label=label(name) if y == 0 else None
-                    )
+                    text = label(name) if y == 0 else None
+                    axis.plot(row[name], y, "o", ms=4.5, color=CYCLE[i % len(CYCLE)], label=text)
             axis.annotate(f"{max(row.values()):.0f}", (max(row.values()), y), (6, -3), textcoords="offset points")
         if target is not None:
             axis.axvline(target, color="#888888", lw=0.8, ls=":")
@@ -166,8 +158,7 @@ def cost_with_size(sizes, cost: Mapping[str, Sequence[float]], fits: Mapping[str
     """
     sizes = np.asarray(sizes, float)
     with matplotlib.rc_context(STYLE):
-        figure = _figure(4.2, 3.0)
-        axis = figure.subplots()
+        axis = (figure := _figure(4.2, 3.0)).subplots()
         for color, (name, values) in zip(CYCLE, cost.items(), strict=False):
             axis.plot(sizes, values, "o", ms=5, color=color)
             amplitude, exponent = fits[name]
@@ -179,7 +170,7 @@ def cost_with_size(sizes, cost: Mapping[str, Sequence[float]], fits: Mapping[str
 
 
 def curves(
-    rows: Sequence[tuple[str, float, float, float]],
+    rows: Rows | Mapping[str, Rows],
     xlabel: str,
     ylabel: str,
     levels: Mapping[str, float],
@@ -187,32 +178,45 @@ def curves(
     log_x: bool = True,
     ticks: Sequence[str] = (),
     width: float = 4.2,
+    colors: Mapping[str, str] | None = None,
 ) -> Figure:
     """Points with error bars, joined within each curve, and named horizontal lines.
 
     Args:
-        rows: (curve, x, y, standard error of y).
+        rows: (curve, x, y, standard error of y), of one panel or of each by its title; panels have the same y axis.
         levels: Name → height of a line across.
-        log_y, log_x: Whether y and x are logarithmic.
-        ticks: Names of x = 0, 1, ...; points are then not joined. The `width` is in inches.
+        log_y, log_x: Whether y and x are logarithmic. Curves with the same x are then moved apart by 3 % of it.
+        ticks: Names of x = 0, 1, ...; points are then not joined. The `width` of a panel is in inches.
+        colors: Curve → colour; others have those of `CYCLE`.
     """
+    panels, scale = rows if isinstance(rows, Mapping) else {"": rows}, ("linear", "log")
+    names = list(dict.fromkeys(name for part in panels.values() for name, *_ in part))
     with matplotlib.rc_context(STYLE):
-        axis = (figure := _figure(width, 3.2)).subplots()
-        for i, name in enumerate(names := list(dict.fromkeys(name for name, *_ in rows))):
-            x, y, error = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
-            style = dict(ms=4, lw=1, capsize=2, color=CYCLE[i % len(CYCLE)])
-            axis.errorbar(x, y, error, fmt="os^"[i // len(CYCLE) % 3] + "-" * (not ticks), label=name, **style)
-        for k, (name, level) in enumerate(levels.items()):
-            axis.axhline(level, color="0.4", lw=0.8, ls=("--", ":", "-.")[k % 3], label=name)
-        axis.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear", xlabel=xlabel, ylabel=ylabel)
+        figure = _figure(width * len(panels), 3.2)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, part) in zip(axes, panels.items(), strict=True):
+            places = list(range(len(ticks))) or sorted({row[1] for row in part})
+            apart = 1.03 if log_x and len(places) < len(part) else 1.0
+            for i, name in enumerate(names):
+                x, y, error = np.array(sorted(row[1:] for row in part if row[0] == name)).reshape(-1, 3).T
+                x = x * apart ** (i - (len(names) - 1) / 2)
+                style = dict(ms=4, lw=1, capsize=2, color=(colors or {}).get(name, CYCLE[i % len(CYCLE)]), label=name)
+                axis.errorbar(x, y, error, fmt="os^"[i // len(CYCLE) % 3] + "-" * (not ticks), **style)
+            for k, (name, level) in enumerate(levels.items()):
+                axis.axhline(level, color="0.4", lw=0.8, ls=("--", ":", "-.")[k % 3], label=name)
+            axis.set(xscale=scale[log_x], yscale=scale[log_y], xlabel=xlabel, title=title)
+            near = any(b <= 1.1 * a for a, b in zip(places, places[1:], strict=False))
+            if ticks or (log_x and len(places) < 10 and not near):
+                axis.set_xticks(places, ticks or [f"{x:g}" for x in places])
+                axis.set_xticks([], minor=True)
+        axes[0].set(ylabel=ylabel)
         if log_y:
             locate = LogLocator(subs=(1, 2, 5))
-            axis.yaxis.set(major_locator=locate, major_formatter="{x:g}", minor_formatter=NullFormatter())
-        figure.legend(loc="outside upper center", ncols=3) if ticks or len([*names, *levels]) > 6 else axis.legend()
-        places = list(range(len(ticks))) or sorted({row[1] for row in rows})
-        if ticks or (log_x and len(places) < 10 and all(b > 1.1 * a for a, b in zip(places, places[1:], strict=False))):
-            axis.set_xticks(places, ticks or [f"{x:g}" for x in places])
-            axis.set_xticks([], minor=True)
+            axes[0].yaxis.set(major_locator=locate, major_formatter="{x:g}", minor_formatter=NullFormatter())
+        if ticks or len([*names, *levels]) > 6 or len(panels) > 1:
+            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3 + (len(panels) > 1))
+        else:
+            axes[0].legend()
     return figure
 
 
@@ -317,6 +321,7 @@ def contours(
     titles: Mapping[str, str] | None = None,
     bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
     width: float = 7.5,
+    colors: Mapping[str, str] | None = None,
 ) -> Figure:
     """68 % and 95 % contours of several posteriors (GetDist).
 
@@ -327,6 +332,7 @@ def contours(
         titles: Method → legend entry.
         bounds: Parameter → hard limits of its prior (None for an open side).
         width: In inches.
+        colors: Method → colour, before those of `COLORS`.
     """
     import getdist
     from getdist import plots
@@ -335,23 +341,18 @@ def contours(
     labels = [LABELS.get(name, name.replace("_", r"\_")) for name in names]
     settings = {"ignore_rows": 0, "smooth_scale_1D": 0.35, "smooth_scale_2D": 0.4}
     ranges = {name: list(limits) for name, limits in (bounds or {}).items()}
+    same = dict(names=list(names), labels=labels, ranges=ranges, settings=settings)
     chains = [
-        getdist.MCSamples(
-            samples=np.asarray(draws, float),
-            names=list(names),
-            labels=labels,
-            ranges=ranges,
-            settings=settings,
-            label=(titles or {}).get(method, method),
-        )  # fmt: skip
+        getdist.MCSamples(samples=np.asarray(draws, float), label=(titles or {}).get(method, method), **same)
         for method, draws in samples.items()
     ]
     plotter = plots.get_subplot_plotter(width_inch=width)
     plotter.settings.figure_legend_frame = False
     plotter.settings.alpha_filled_add = 0.5
     plotter.settings.axes_fontsize, plotter.settings.lab_fontsize, plotter.settings.legend_fontsize = 8, 11, 10
-    colors = [COLORS.get(method, CYCLE[i % len(CYCLE)]) for i, method in enumerate(samples)]
-    lines = {"contour_colors": colors, "contour_lws": 1.2, "filled": [i == 0 for i in range(len(chains))]}
+    known = COLORS | dict(colors or {})
+    chosen = [known.get(method, CYCLE[i % len(CYCLE)]) for i, method in enumerate(samples)]
+    lines = {"contour_colors": chosen, "contour_lws": 1.2, "filled": [i == 0 for i in range(len(chains))]}
     marker = {"lw": 0.8, "color": "#666666"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=matplotlib.MatplotlibDeprecationWarning)
@@ -386,9 +387,8 @@ def two_moons(
             color = "#222222" if exact else CYCLE[i % len(CYCLE)]
             axis.plot(cut["x"], score, color=color, lw=2.2 if exact else 1.0, alpha=0.5 if exact else 1, label=title)
         limit = 1.6 * np.nanpercentile(np.abs(next(iter(scores.values()))), 99)
-        axis.set(
-            xlabel=rf"$\theta_1$ along $\theta_2 = {cut['y']:g}$", ylabel=r"$\partial_1 \log p$", ylim=(-limit, limit)
-        )
+        line = rf"$\theta_1$ along $\theta_2 = {cut['y']:g}$"
+        axis.set(xlabel=line, ylabel=r"$\partial_1 \log p$", ylim=(-limit, limit))
         axis.legend(ncols=len(scores))
     return figure
 

@@ -77,10 +77,11 @@ class Prior(eqx.Module):
         return jnp.all(jnp.stack(ok, -1), -1) & jnp.all(jnp.isfinite(theta), -1)
 
     def to_unconstrained(self, theta: Float[Array, "*n p"]) -> Float[Array, "*n p"]:
-        """u(theta), elementwise."""
+        """u(theta), elementwise; of a value on a support's edge, that of one just inside it."""
         check_trailing("theta", theta, (self.dim,))
         theta = jnp.asarray(theta)
-        return jnp.stack([b.inv(theta[..., i]) for i, b in enumerate(self._bijections)], -1)
+        columns = [_off_edges(d.support, theta[..., i]) for i, d in enumerate(self.distributions)]
+        return jnp.stack([b.inv(column) for b, column in zip(self._bijections, columns, strict=True)], -1)
 
     def from_unconstrained(self, u: Float[Array, "*n p"]) -> Float[Array, "*n p"]:
         """theta(u), elementwise."""
@@ -106,7 +107,10 @@ class Prior(eqx.Module):
             values = theta[..., i].ravel()
             bad = ~(np.asarray(d.support(jnp.asarray(values))) & np.isfinite(values))
             if bad.any():
-                raise ValueError(f"Expected {name} inside the prior's support {d.support}; got {values[bad][0]}.")
+                where = f" (row {int(bad.argmax())}; {int(bad.sum())} of {len(bad)} are not)" if len(bad) > 1 else ""
+                raise ValueError(
+                    f"Expected {name} inside the prior's support {d.support}; got {values[bad][0]}{where}."
+                )
 
     def unconstrained_moments(self, theta: Float[Array, "n p"], what: str = "theta") -> tuple[np.ndarray, np.ndarray]:
         """Mean `(p,)` and covariance `(p, p)` of u over draws of some posterior, which messages call `what`.
@@ -154,6 +158,21 @@ class Prior(eqx.Module):
     @property
     def _bijections(self):
         return [biject_to(d.support) for d in self.distributions]
+
+
+def _off_edges(support, value: Array) -> Array:
+    """Values on a bound of the support moved inside: by a millionth of its width, or by two steps of the precision.
+
+    The bound belongs to the support of a uniform distribution, whose draws reach it, and has no finite u.
+    """
+    value = jnp.asarray(value, jnp.result_type(value, float))
+    low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
+    width = 1.0 if low is None or high is None else jnp.asarray(high) - low
+    for bound, side in ((low, 1.0), (high, -1.0)):
+        if bound is not None:
+            step = jnp.maximum(1e-6 * width, 2 * jnp.finfo(value.dtype).eps * jnp.abs(bound))
+            value = jnp.where(value == bound, (bound + side * step).astype(value.dtype), value)
+    return value
 
 
 class Within(Distribution):

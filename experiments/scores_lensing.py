@@ -131,15 +131,10 @@ PRESETS = {
     ),
     # The published observation with the shift that it was made with.
     "published": Config(
-        n_pix=256, observation="published", summary="marginal_score", steps=4, n_scored=1000, n_reference=5000,
-        coverage_n=(100,), n_coverage=505, ess=500.0, members=2,
+        n_pix=256, observation="published", summary="marginal_score", steps=4, n=(25, 50, 100, 200, 400, 600, 1000),
+        n_scored=600, n_reference=2000, coverage_n=(100,), n_coverage=505, ess=500.0, members=2,
     ),
-    # The same map from where its path is, in frames of that path's posterior.
-    "published_path": _frames(
-        n_pix=256, observation="published", proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=48,
-        steps=4, n=(25, 50), n_scored=50, n_reference=80, coverage_n=(50,), n_coverage=80, ess=500.0,
-    ),
-    # The same way of a simulated map.
+    # From where the map's path is, in frames of that path's posterior.
     "path_frames": _frames(
         proposal="path", n_points=48, widen=1.5, summary="score_frame", turns=24, n=(25, 50, 100, 400), n_scored=100,
         n_reference=1500,
@@ -151,6 +146,9 @@ PRESETS |= {
         PRESETS["path_frames"], n_pix=256, n=(25, 50, 100), n_reference=505, n_coverage=505, ess=1000.0
     ),
 }
+PRESETS["published_path"] = dataclasses.replace(
+    PRESETS["large_path_frames"], observation="published", n=(25, 50), n_scored=50, coverage_n=(50,), ess=500.0
+)
 
 
 def main(cfg: Config, out: Path) -> None:

@@ -10,7 +10,7 @@ from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
 from diffsbi.runs import open_run
 
-__all__ = ["command_line", "compared", "coverage", "mean_points", "posterior_contours"]
+__all__ = ["command_line", "compared", "coverage", "mean_points", "posterior_contours", "score_colors"]
 
 
 def posterior_contours(folder: Path, titles: Mapping[str, str]) -> plotting.Figure:
@@ -40,6 +40,13 @@ def command_line(draw: Callable[[Path], Figures], name: str) -> None:
             print(plotting.save(figure, (arguments.out or arguments.runs / "figures") / f"{title}.{suffix}"))
 
 
+def score_colors(kinds) -> dict[str, str]:
+    """A kind of score → its colour, the same in all figures: without, white, and of little noise."""
+    known = {"none": 0, "white": 1, "white_1": 1}
+    quiet = iter((2, 3, 4, 5) * len(kinds))
+    return {kind: plotting.CYCLE[known[kind] if kind in known else next(quiet)] for kind in kinds}
+
+
 def mean_points(
     rows: list[dict], titles: Mapping, value: str = "c2st", by: str = "score", against: str = "n"
 ) -> list[tuple[str, float, float, float]]:
@@ -55,18 +62,23 @@ def mean_points(
     return points
 
 
-def coverage(cases: Mapping[str, Mapping]) -> plotting.Figure:
-    """Coverage less the credibility level with its binomial errors, of TARP's `levels` and `shares`, by title."""
-    points = []
-    for title, case in cases.items():
-        level, share = np.array(case["levels"]), np.array(case["shares"])
-        error = np.sqrt(level * (1 - level) / case["observations"])
-        points += [(title, *point) for point in np.stack([level, share - level, error], -1).tolist()]
+def coverage(cases: Mapping[str, Mapping[str, Mapping]], colors=None) -> plotting.Figure:
+    """Coverage less the credibility level with its binomial errors, of TARP's `levels` and `shares`: panel → title.
+
+    Curves of one panel were tested on the same observations: their errors are not independent.
+    """
+    panels = {}
+    for panel, by_title in cases.items():
+        panels[panel] = []
+        for title, case in by_title.items():
+            level, share = np.array(case["levels"]), np.array(case["shares"])
+            error = np.sqrt(level * (1 - level) / case["observations"])
+            panels[panel] += [(title, *point) for point in np.stack([level, share - level, error], -1).tolist()]
     labels = ("credibility level (TARP)", "coverage − level", {"calibrated": 0.0})
-    return plotting.curves(points, *labels, log_y=False, log_x=False)
+    return plotting.curves(panels, *labels, log_y=False, log_x=False, colors=colors)
 
 
-def compared(found: Mapping, samples: Mapping, titles: Mapping[str, str]) -> plotting.Figure:
+def compared(found: Mapping, samples: Mapping, titles: Mapping[str, str], colors=None) -> plotting.Figure:
     """Contours of an experiment's posteriors; `found` has its names, truth and bounds."""
-    truth = dict(zip(found["names"], found["truth"], strict=True))
-    return plotting.contours(samples, found["names"], truth=truth, titles=titles, bounds=found["bounds"])
+    options = dict(truth=dict(zip(found["names"], found["truth"], strict=True)), bounds=found["bounds"])
+    return plotting.contours(samples, found["names"], titles=titles, colors=colors, **options)

@@ -9,7 +9,7 @@ from paper_figures import command_line, coverage
 
 def draw(runs: Path) -> plotting.Figure:
     found = read_json(runs / "path_coverage" / "coverage.json")
-    return coverage({f"{case['n']} points, {case['gradients']:.0f} gradients": case for case in found["cases"]})
+    return coverage({"": {f"{case['n']} points, {case['gradients']:.0f} gradients": case for case in found["cases"]}})
 
 
 if __name__ == "__main__":

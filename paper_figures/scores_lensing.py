@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
-from paper_figures import command_line, compared, coverage, mean_points
+from paper_figures import command_line, compared, coverage, mean_points, score_colors
 
 TITLES = {"none": "no score", "white_1": "white", "whitened_1": "whitened"}
 TITLES |= {f"whitened_{k}": f"whitened, mean of {k}" for k in range(2, 33)}
@@ -13,34 +15,48 @@ TITLES |= {f"whitened_{k}": f"whitened, mean of {k}" for k in range(2, 33)}
 def draw(runs: Path) -> dict[str, plotting.Figure]:
     folder = runs / "scores_lensing"
     found = read_json(folder / "distances.json")
-    figures = {"scores_lensing_contours": _contours(found, folder)}
-    for estimator in dict.fromkeys(row["estimator"] for row in found["rows"]):
-        chosen = [row for row in found["rows"] if row["estimator"] == estimator]
-        x, limit = f"simulations ({estimator})", {"what the summaries hold": found["limit"]}
-        full, own = (mean_points(chosen, TITLES, value) for value in ("c2st", "c2st_summaries"))
-        name = f"scores_lensing_{estimator.lower()}"
-        figures[name] = plotting.curves(full, x, "C2ST against the full field", limit, log_y=False)
-        figures[f"{name}_summaries"] = plotting.curves(own, x, "C2ST against the summaries' posterior", {}, log_y=False)
+    kinds = list(dict.fromkeys(row["score"] for row in found["rows"]))
+    options = dict(log_y=False, colors={TITLES[kind]: color for kind, color in score_colors(kinds).items()})
+    full, own = (
+        {
+            name: mean_points([row for row in found["rows"] if row["estimator"] == name], TITLES, value)
+            for name in dict.fromkeys(row["estimator"] for row in found["rows"])
+        }
+        for value in ("c2st", "c2st_summaries")
+    )
+    alone = {"the frame alone": float(np.mean([row["c2st"] for row in found["frames"]]))} if found["frames"] else {}
+    limits, title = {"the summaries' posterior": found["limit"]} | alone, "C2ST against the summaries' posterior"
+    figures = {
+        "scores_lensing_contours": _contours(found, kinds, folder),
+        "scores_lensing": plotting.curves(full, "simulations", "C2ST against the full field", limits, **options),
+        "scores_lensing_summaries": plotting.curves(own, "simulations", title, {}, **options),
+    }
     for n in dict.fromkeys(case["n"] for case in found["coverage"]):
         cases = [case for case in found["coverage"] if case["n"] == n]
-        figures[f"scores_lensing_coverage_{n}"] = coverage(by_title(cases))
+        figures[f"scores_lensing_coverage_{n}"] = coverage(by_estimator(cases), options["colors"])
     return figures
 
 
-def by_title(cases: list[dict]) -> dict[str, dict]:
-    """Calibrated fits by their estimator and score."""
-    return {f"{case['estimator']}, {TITLES.get(case['score'], case['score'])}": case for case in cases}
+def by_estimator(cases: list[dict]) -> dict[str, dict[str, dict]]:
+    """Calibrated fits: estimator → title of the score."""
+    names = dict.fromkeys(case["estimator"] for case in cases)
+    return {name: {TITLES[case["score"]]: case for case in cases if case["estimator"] == name} for name in names}
 
 
-def _contours(found: dict, folder: Path) -> plotting.Figure:
-    """The full field, and each estimator on the first seed's simulations, the most with the last kind of score."""
-    *_, kind = dict.fromkeys(row["score"] for row in found["rows"])
-    n = max(row["n"] for row in found["rows"] if row["score"] == kind)
+def _contours(found: dict, kinds: list[str], folder: Path) -> plotting.Figure:
+    """The full field, and fits to the first seed's simulations, the most with the last kind of score.
+
+    Of all estimators with that score, or of a single one without and with it.
+    """
+    n = max(row["n"] for row in found["rows"] if row["score"] == kinds[-1])
+    names = list(dict.fromkeys(row["estimator"] for row in found["rows"]))
+    cases = [(name, kinds[-1]) for name in names] if len(names) > 1 else [(names[0], "none"), (names[0], kinds[-1])]
     samples, titles = {"full_field": load_npz(folder / "full_field.npz")["theta"]}, {"full_field": "full field (HMC)"}
-    for name in dict.fromkeys(row["estimator"] for row in found["rows"]):
-        samples[name] = load_npz(folder / "fits" / f"{name}_{kind}_{n}_0.draws.npz")["theta"]
-        titles[name] = f"{name}, {n} simulations"
-    return compared(found, samples, titles)
+    for name, kind in cases:
+        of = kind if len(names) == 1 else name
+        samples[of] = load_npz(folder / "fits" / f"{name}_{kind}_{n}_0.draws.npz")["theta"]
+        titles[of] = f"{name}, {n} simulations, {TITLES[kind]}"
+    return compared(found, samples, titles, score_colors([*samples][1:]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffsbi import plotting
 from diffsbi._files import load_npz, read_json
-from paper_figures import command_line, compared, mean_points
+from paper_figures import command_line, compared, mean_points, score_colors
 
 TITLES = {"none": "no score", "white": "score, white latents", "laplace": "score, Laplace coordinates"}
 PUBLISHED = {"none": "no score, published", "score": "score, published"}
@@ -18,6 +18,7 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
     folder = runs / "scores_lotka_volterra"
     found = read_json(folder / "distances.json")
     rows, figures = found["rows"], {}
+    colors = {TITLES[kind]: color for kind, color in score_colors(TITLES).items()}
     published = [
         (PUBLISHED[kind], float(n), c2st, 0.0) for kind, row in found["published"].items() for n, c2st in row.items()
     ]
@@ -25,7 +26,7 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
         chosen = [row for row in rows if row["proposal"] == proposal]
         figures[f"scores_lotka_volterra_{proposal}"] = plotting.curves(
             mean_points(chosen, TITLES) + (published if proposal == "wide" else []),
-            f"simulations ({NAMES[proposal]})", "C2ST against the exact posterior", {}, log_y=False,
+            f"simulations ({NAMES[proposal]})", "C2ST against the exact posterior", {}, log_y=False, colors=colors,
         )  # fmt: skip
         numbers = [row["n"] for row in chosen]
         for n in sorted({min(numbers), max(numbers)}):
@@ -40,7 +41,7 @@ def _contours(found: dict, folder: Path, proposal: str, rows: list[dict], n: int
     for score in dict.fromkeys(("none", kind)):
         samples[score] = load_npz(folder / "fits" / f"{proposal}_{score}_{n}_0.draws.npz")["theta"]
         titles[score] = f"{n} simulations, {TITLES[score]}"
-    return compared(found, samples, titles)
+    return compared(found, samples, titles, score_colors([*samples][1:]))
 
 
 if __name__ == "__main__":

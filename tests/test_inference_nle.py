@@ -1,8 +1,12 @@
 """Neural likelihood estimation against a likelihood and a posterior that are known."""
 
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from targets import gaussian
 
@@ -10,6 +14,7 @@ import diffsbi as ds
 from diffsbi.diagnostics import sbc_ranks, sbc_test
 from diffsbi.inference import load_posterior
 from diffsbi.inference.losses import MeasuredScore, WeightedScore, likelihood_score, prior_score
+from diffsbi.inference.nle import LikelihoodPosterior, _largest_rhat
 from diffsbi.inference.standardise import fit_standardiser
 
 SMALL = {"width": 8, "depth": 1, "layers": 1, "ramps": 4}
@@ -174,3 +179,38 @@ def test_round_trip(linear, scored, tmp_path):
 def test_refusals(scored, call, message):
     with pytest.raises(ValueError, match=message):
         call(scored)
+
+
+class Width(eqx.Module):
+    u_loc: Any
+
+
+class Squared(eqx.Module):
+    """Says that x is (theta_1 squared, theta_2) and noise: what is known of theta_1 has two modes."""
+
+    standardiser: Width
+
+    def log_prob(self, x, u):
+        mean = jnp.stack([u[..., 0] ** 2, u[..., 1]], -1)
+        return -0.5 * jnp.sum(((x - mean) / 0.1) ** 2, -1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_modes_have_their_shares_from_four_chains(seed):
+    prior = ds.Prior({"a": dist.Normal(0.4, 1.0), "b": dist.Normal(0.0, 1.0)})
+    member = Squared(Width(jnp.zeros(2)))
+    posterior = LikelihoodPosterior(prior, (member,), (), "{}", jnp.asarray([1.5, 0.3]))
+    with pytest.warns(UserWarning, match="chains of 1 of 1 rows of x are not in one place"):
+        theta = posterior.sample(jax.random.key(seed), 400)
+    exact = 1 / (1 + np.exp(-2 * 0.4 * np.sqrt(1.5)))  # .73, but for the modes' own curvature
+    assert abs(np.mean(theta[:, 0] > 0) - exact) < 0.15
+    np.testing.assert_allclose(np.abs(theta[:, 0]).mean(), np.sqrt(1.5), atol=0.02)
+
+
+def test_chains_of_one_mode_are_not_called_apart():
+    rng = np.random.default_rng(0)
+    together = rng.normal(size=(2, 4, 100, 3))
+    apart = together + np.array([0.0, 3.0])[:, None, None, None] * np.arange(4)[:, None, None]
+    assert (_largest_rhat(together) < 1.1).all()
+    assert (_largest_rhat(apart) > 1.3).tolist() == [False, True]
+    assert _largest_rhat(together[:, :1]).tolist() == [1.0, 1.0]

@@ -11,7 +11,7 @@ from targets import gaussian
 
 from diffsbi.flows import spline_flow
 from diffsbi.inference import NPE, posterior_score
-from diffsbi.inference.checks import score_warnings, warnings_of_scores
+from diffsbi.inference.checks import precision_warnings, score_warnings, warnings_of_scores
 from diffsbi.inference.losses import ScoredDensity, first_noise, noise_share
 from diffsbi.inference.standardise import fit_standardiser
 from diffsbi.prior import Prior, Within
@@ -240,8 +240,14 @@ def test_bad_rows_are_named():
         ((theta[:, :1], x), r"theta with shape \(n, 2\) for \['a', 'b'\]; got \(20, 1\)"),
         ((theta, x[:5]), r"x with shape \(20, d\).*got \(5, 2\)"),
         ((theta, x, score[:, :1]), r"score with shape \(20, 2\), as theta; got \(20, 1\)"),
-        ((changed(theta, (3, 1), np.nan), x), r"finite theta; got 1 non-finite of 40 values, first at \(3, 1\)"),
-        ((theta, changed(x, 4, np.inf)), r"finite x; got 2 non-finite of 40 values, first at \(4, 0\)"),
+        (
+            (changed(theta, (3, 1), np.nan), x),
+            r"finite theta; got 1 non-finite of 40 values, in 1 of 20 rows \(b: 1\), first at \(3, 1\)",
+        ),
+        (
+            (theta, changed(x, 4, np.inf)),
+            r"finite x; got 2 non-finite of 40 values, in 1 of 20 rows, first at \(4, 0\). on_invalid",
+        ),
         ((theta, x, changed(score, 0, np.nan)), r"finite score; got 2 non-finite"),
     ]
     for arguments, message in cases:
@@ -257,6 +263,8 @@ def test_rows_that_are_not_finite_can_be_left_out():
     with pytest.warns(UserWarning, match=r"Left out 2 of 20 rows that are not finite \(x in 1, score in 1\)"):
         estimator = npe().append(*spoiled, on_invalid="drop")
     assert len(estimator) == 18
+    with pytest.raises(ValueError, match=r"a row that is finite; none of 20 is \(score in 20\)"):
+        npe().append(theta, x, np.full_like(score, np.nan), on_invalid="drop")
     with pytest.raises(ValueError, match="'droop'"):
         npe().append(*rows(), on_invalid="droop")
 
@@ -268,10 +276,13 @@ def test_scores_in_another_order_or_with_the_prior_are_seen(seed):
     with_prior = draws.score - draws.theta / 0.3**2
     swapped = draws.score[:, np.array([1, 0, 2])]
     seen = {}
-    for name, score in (("right", draws.score), ("prior", with_prior), ("order", swapped)):
+    cases = dict(right=draws.score, prior=with_prior, order=swapped, sign=-draws.score, scale=12 * draws.score)
+    for name, score in cases.items():
         seen[name] = score_warnings(sim.names, draws.theta, draws.x, score, -draws.theta / 0.3**2)
     assert seen["right"] == []
     assert any("WITHOUT the prior's" in message for message in seen["prior"])
+    assert any("opposite sign" in message for message in seen["sign"])
+    assert any("times what the data's dependence" in message for message in seen["scale"])
     assert seen["order"] == [
         "The scores look as if they were in the order ['theta_2', 'theta_1', 'theta_3'], not "
         "['theta_1', 'theta_2', 'theta_3']."
@@ -402,3 +413,18 @@ def test_a_few_absurd_scores_do_not_decide():
     a, b = (np.asarray(p.sample(jax.random.key(23), 2000, x=at)) for p in (plain, robust))
     assert np.abs(b.mean(0) - a.mean(0)).max() < 0.2 * a.std(0).max()
     np.testing.assert_allclose(b.std(0), a.std(0), rtol=0.2)
+
+
+def test_data_that_float32_cannot_tell_apart_are_told():
+    noise = np.random.default_rng(0).normal(size=(100, 2))
+    assert precision_warnings(noise + 1000.0) == [] == precision_warnings(np.ones((100, 2)))
+    (found,) = precision_warnings(noise * [1.0, 0.01] + [0.0, 1e6])
+    assert "1 of 2 columns" in found and "column 1" in found and "float32" in found
+
+
+def test_parameters_on_the_edge_of_the_prior_are_taken():
+    prior = Prior({"a": dist.Uniform(0.0, 1.0), "b": dist.Uniform(0.0, 1.0)})
+    theta = np.random.default_rng(0).uniform(size=(20, 2))
+    theta[3], theta[4, 0] = (0.0, 1.0), 1 - 1e-9
+    fitted = NPE(prior, gaussian).append(theta, theta, np.ones((20, 2))).fit(jax.random.key(0), members=1, max_epochs=2)
+    assert np.isfinite(fitted.sample(jax.random.key(1), 5, theta[0])).all()

@@ -1,5 +1,7 @@
 """Proposals other than the prior: their densities, and posteriors that are the prior's all the same."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +110,7 @@ def test_corrections_without_scores(linear, observed, correction, mean, width):
 def test_more_draws_than_there_are_where_simulations_were_are_refused(linear, observed):
     posterior = estimator(linear, observed, "reweight", n=60).fit(jax.random.key(0), members=1, max_epochs=5)
     with pytest.warns(UserWarning, match="far outside the simulations"), pytest.warns(UserWarning, match="worth 0 of"):
-        with pytest.raises(ValueError, match="Expected fewer draws than n=100: 0 of"):
+        with pytest.raises(ValueError, match="Expected n=100 draws where simulations were; 0 of"):
             posterior.sample(jax.random.key(1), 100, observed + 100.0)
 
 
@@ -239,3 +241,30 @@ def test_bad_input_is_named(linear, observed):
         ds.NPE(linear, n_atoms=1)
     with pytest.raises(ValueError, match="truncated rounds"):
         estimator(linear, observed, "reweight").restricted(lambda t: np.ones(len(t), bool))
+
+
+@pytest.mark.parametrize(
+    "log_prob, message",
+    [
+        (lambda theta: np.asarray(theta).sum(-1), "log_prob is a JAX function"),
+        (lambda theta: theta, r"-> \(n,\); got \(2, 2\) for n = 2"),
+    ],
+)
+def test_a_density_that_is_none_is_refused_as_a_proposal(linear, log_prob, message):
+    with pytest.raises(ValueError, match=message):
+        ds.NPE(linear).append(np.zeros((20, 2)), np.zeros((20, 4)), proposal=types.SimpleNamespace(log_prob=log_prob))
+
+
+def test_a_density_up_to_a_constant_is_refused_as_a_proposal(linear, observed):
+    """Next to rows from elsewhere the constant counts."""
+    draws = linear.draw(jax.random.key(0), 40, with_score=False)
+    rows = draws.theta, draws.x
+    fits = {
+        kind: kind(linear, gaussian).append(*rows).fit(jax.random.key(1), members=1, max_epochs=1)
+        for kind in (ds.NLE, ds.NPE)
+    }
+    with pytest.raises(ValueError, match="normalised; that of a LikelihoodPosterior"):
+        ds.NPE(linear).append(*rows, proposal=fits[ds.NLE].condition(observed))
+    ds.NPE(linear).append(*rows, proposal=fits[ds.NPE].condition(observed))
+    with pytest.raises(ValueError, match="from .condition"):
+        ds.NPE(linear).append(*rows, proposal=fits[ds.NPE])

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from targets import gaussian
 
@@ -273,3 +274,39 @@ def test_what_needs_an_empty_estimator_or_one_summary_is_refused(linear, observe
         ds.rounds(linear, observed, start, jax.random.key(0), proposal=starting(linear, observed))
     with pytest.raises(ValueError, match="summary or summary_at; got both"):
         ds.rounds(linear, observed, ds.NPE(linear), jax.random.key(0), summary_at=anew, summary=jnp.ravel)
+
+
+def test_what_cannot_join_is_refused_before_anything_is_simulated(linear, observed, monkeypatch):
+    monkeypatch.setattr(type(linear), "draw", lambda *_, **__: pytest.fail("simulated"))
+    names, theta, x = linear.names, np.zeros((20, 2)), np.zeros((20, 3))
+    turned = ds.Prior({names[1]: dist.Normal(0.0, 1.0), names[0]: dist.Normal(0.0, 1.0)})
+    wider = ds.Prior({name: dist.Normal(0.0, 5.0) for name in names})
+    cases = [
+        (linear, ds.NPE(turned), "its parameters are"),
+        (linear, ds.NPE(wider), "their densities differ"),
+        (linear, ds.NPE, "an estimator, such as"),
+        (lambda key, theta: theta, ds.NPE(linear), "a simulator, with a prior"),
+        (linear, ds.NPE(linear).append(theta, x, theta), r"summaries of shape \(3,\)"),
+        (linear, ds.NPE(linear).append(theta, np.zeros((20, *observed.shape))), "with_score=False, as the"),
+    ]
+    for sim, estimator, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ds.rounds(sim, observed, estimator, jax.random.key(0))
+
+
+def test_the_posterior_of_another_fit_proposes(linear, observed):
+    draws = linear.draw(jax.random.key(0), 100, with_score=False)
+    first = ds.NPE(linear, gaussian).append(draws.theta, draws.x).fit(jax.random.key(1), members=1, max_epochs=50)
+    result = ds.rounds(
+        linear, observed, ds.NPE(linear, gaussian), jax.random.key(2), n_rounds=1, n_per_round=100,
+        proposal=first.condition(observed), fit=FIT,
+    )  # fmt: skip
+    mean, covariance = linear.posterior(observed)
+    np.testing.assert_allclose((result.samples[-1].mean(0) - mean) / np.sqrt(np.diag(covariance)), 0.0, atol=0.4)
+
+
+def test_a_region_is_not_looked_for_without_end(linear, observed):
+    draws = linear.draw(jax.random.key(0), 100, with_score=False)
+    fitted = ds.NPE(linear, gaussian).append(draws.theta, draws.x).fit(jax.random.key(1), members=1, max_epochs=50)
+    with pytest.raises(ValueError, match="within the posterior's region in 1e-09 s"):
+        truncated_prior(fitted.condition(observed), jax.random.key(2), 10**6, most_seconds=1e-9)

@@ -128,7 +128,9 @@ def test_checks_see_every_block(linear, simulated, few, tmp_path):
     x[8765, 1] = np.nan
     score[4500, 0] = np.inf
     arrays = on_disk(tmp_path, theta=theta, x=x, score=score)
-    with pytest.raises(ValueError, match=r"finite x; got 1 non-finite of 36000 values, first at \(8765, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"finite x; got 1 non-finite of 36000 values, in 1 of 9000 rows, first at \(8765, 1\)"
+    ):
         ds.NPE(linear).append(*arrays)
     with pytest.warns(UserWarning, match=r"Left out 2 of 9000 rows .*x in 1, score in 1"):
         estimator = ds.NPE(linear).append(*arrays, on_invalid="drop")

@@ -1,6 +1,7 @@
 """Weights of an ensemble's members: tables whose best weights are known, and mixtures by two roads."""
 
 import json
+import types
 
 import equinox as eqx
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from diffsbi.inference import NLE, NPE, NRE, gaussian_proposal, load_posterior
 from diffsbi.inference.posterior import mixture_log_prob
-from diffsbi.inference.weighting import stacking_weights
+from diffsbi.inference.weighting import check_fitted, stacking_weights
 from diffsbi.simulators.linear_gaussian import linear_gaussian
 
 SMALL = {"layers": 1, "width": 8, "depth": 1}
@@ -156,3 +157,11 @@ def test_contrasts_and_misspelt_weightings_are_refused(rows):
     atomic = NPE(SIM, correction="atomic").append(rows.theta, rows.x, proposal=proposal)
     with pytest.raises(ValueError, match="the loss is a contrast"):
         atomic.fit(key, weighting="validation")
+
+
+def test_a_fit_without_a_finite_loss_is_refused():
+    history = lambda first, best: types.SimpleNamespace(first_validation=first, best_epoch=best)  # noqa: E731
+    check_fitted([history(np.nan, 0), history(1.0, 0)])
+    check_fitted([history(np.inf, 3)])
+    with pytest.raises(ValueError, match=r"before the first step it was nan, inf"):
+        check_fitted([history(np.nan, 0), history(np.inf, 0)])

@@ -207,3 +207,13 @@ def test_moments_in_unconstrained_space_are_those_of_draws():
     ):
         with pytest.raises(ValueError, match=message):
             prior.unconstrained_moments(bad, "start")
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (1000.0, 1001.0), (-1e6, 1e6)])
+def test_values_on_the_edges_have_a_finite_place_without_bounds(low, high):
+    """Draws of a uniform distribution reach them."""
+    prior = Prior({"a": dist.Uniform(low, high)})
+    theta = jnp.asarray([[low], [0.5 * (low + high)], [high]], jnp.float32)
+    u = prior.to_unconstrained(theta)
+    assert jnp.all(jnp.isfinite(u)) and u[0, 0] < -5 and u[2, 0] > 5
+    np.testing.assert_allclose(prior.from_unconstrained(u), theta, rtol=0, atol=1e-3 * (high - low))

@@ -16,6 +16,8 @@ SIGNIFICANT = 5.0  # standard errors
 _LEAST_ROWS = 50
 _LEAST_FOR_PRIOR = 20
 _TOO_FAR = 300.0  # robust standard deviations
+_COARSE = 0.02  # steps of a float in units of the spread
+_OTHER_SCALE = 3.0
 
 
 def outlier_warnings(x: Float[Array, "n d"], drawn_in: bool = True) -> list[str]:
@@ -34,6 +36,22 @@ def outlier_warnings(x: Float[Array, "n d"], drawn_in: bool = True) -> list[str]
     ]
 
 
+def precision_warnings(x: Float[Array, "n d"]) -> list[str]:
+    """Columns whose spread is lost in the precision of the fit, such as 1e6 plus a few hundredths in float32."""
+    data, dtype = np.asarray(x, float), jnp.result_type(float)
+    spread = median_and_spread(data)[1]
+    step = float(jnp.finfo(dtype).eps) * np.abs(data).max(0)
+    coarse = np.flatnonzero((spread > 0) & (step > _COARSE * spread))
+    if not len(coarse):
+        return []
+    j = int(coarse[0])
+    return [
+        f"{len(coarse)} of {data.shape[1]} columns of x vary by little more than the precision of {dtype.name} (column "
+        f"{j}: spread {spread[j]:.3g}, steps of {step[j]:.3g} at {np.abs(data[:, j]).max():.3g}), and are learned as "
+        "coarsely: subtract a constant from them."
+    ]
+
+
 def score_warnings(
     names: tuple[str, ...],
     theta: Float[Array, "n p"],
@@ -47,6 +65,8 @@ def score_warnings(
     prior's gradient; and $\langle s_a f(x) \rangle_{x|\theta} = \partial_a \langle f | \theta \rangle$, so that the
     covariance of $s_a$ with the data follows the data's dependence on parameter a and on no other.
 
+    Nothing is seen where the scores' noise hides it: of white scores with heavy tails (Lotka-Volterra), or of few rows.
+
     Args:
         names: Names of the parameters.
         theta: Parameters, in a space without bounds.
@@ -58,10 +78,12 @@ def score_warnings(
     if len(parameters) < _LEAST_FOR_PRIOR:
         return []
     far = 10 * median_and_spread(scores)[1] + 1e-300
-    scores = np.clip(scores, -far, far)
+    scores, parameters = np.clip(scores, -far, far), parameters - parameters.mean(0)
+    t, slope = _responding(parameters, data)
+    residual = t - parameters @ slope
     found = _with_prior(names, scores, gradients)
     if len(parameters) >= max(_LEAST_ROWS, 2 * data.shape[1]):  # fewer suggest another order by chance
-        found += _other_order(names, parameters, data, scores)
+        found += _otherwise(names, scores, residual, slope)
     return found
 
 
@@ -74,8 +96,21 @@ def warnings_of_scores(prior: Prior, theta, x, score) -> list[str]:
     return score_warnings(prior.names, u, x, own, left_in(prior, theta))
 
 
+def _responding(theta: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The data as the p combinations that know most of theta, uncorrelated, `(n, p)`, and their slopes in theta."""
+    _, whiten = whitening(x)
+    coefficients, _ = ridge_regression((x - x.mean(0)) @ whiten.T, theta)
+    t = (x - x.mean(0)) @ whiten.T @ coefficients.T
+    t = t @ whitening(t)[1].T
+    return t, np.linalg.lstsq(theta, t, rcond=None)[0]  # (parameter, combination)
+
+
 def _with_prior(names, score, prior_score) -> list[str]:
-    """The slope of s on the prior's gradient: 0, or 1 where that gradient was left in."""
+    """The slope of s on the prior's gradient: 0, or 1 where that gradient was left in.
+
+    To regress s on the data's residuals as well would make the errors smaller, but not what chance puts into the slope:
+    residuals about a mean that is fitted to the same rows do not correlate with theta, and s does.
+    """
     out = []
     for name, s, g in zip(names, score.T, prior_score.T, strict=True):
         g = g - g.mean()
@@ -91,32 +126,34 @@ def _with_prior(names, score, prior_score) -> list[str]:
     return out
 
 
-def _other_order(names, theta, x, score) -> list[str]:
-    """Whether another order of the parameters explains the covariance of scores and data much better than theirs."""
+def _otherwise(names, score, residual, slope) -> list[str]:
+    """Whether another sign, order or scale explains the covariance of scores and data much better than theirs."""
     p = len(names)
-    if p < 2:
-        return []
-    _, whiten = whitening(x)
-    theta = theta - theta.mean(0)
-    # The data as the p combinations that know most of theta, uncorrelated: what their response to theta is.
-    coefficients, _ = ridge_regression((x - x.mean(0)) @ whiten.T, theta)
-    t = (x - x.mean(0)) @ whiten.T @ coefficients.T
-    t = t @ whitening(t)[1].T
-    slope = np.linalg.lstsq(theta, t, rcond=None)[0]  # (parameter, combination)
-    products = score[:, :, None] * (t - theta @ slope)[:, None, :]  # of mean ∂t/∂theta
-    response, error = products.mean(0), products.std(0) / np.sqrt(len(t)) + 1e-300
-    misfit = np.sum(((response[:, None, :] - slope[None, :, :]) / error[:, None, :]) ** 2, -1)  # (score, parameter)
+    products = score[:, :, None] * residual[:, None, :]  # of mean ∂t/∂theta
+    response, error = products.mean(0), products.std(0) / np.sqrt(len(score)) + 1e-300
+    misfit, negative = (
+        np.sum(((response[:, None, :] - sign * slope[None, :, :]) / error[:, None, :]) ** 2, -1) for sign in (1, -1)
+    )  # (score, parameter)
     own = np.trace(misfit)
     if p > 7:  # too many orders to try: pairs
-        orders = [_swapped(p, a, b) for a, b in itertools.combinations(range(p), 2)]
+        orders = [list(range(p)), *(_swapped(p, a, b) for a, b in itertools.combinations(range(p), 2))]
     else:
         orders = [list(order) for order in itertools.permutations(range(p))]
     best = min(orders, key=lambda order: sum(misfit[a, b] for a, b in enumerate(order)))
     total = sum(misfit[a, b] for a, b in enumerate(best))
-    if best == list(range(p)) or total > 0.3 * own or own - total < SIGNIFICANT**2:
-        return []
-    order = [names[b] for b in best]
-    return [f"The scores look as if they were in the order {order}, not {list(names)}."]
+    if np.trace(negative) < min(total, 0.3 * own) and own - np.trace(negative) > SIGNIFICANT**2:
+        return ["The scores look as if they had the opposite sign: gradients of +log p(x, z | theta) are expected."]
+    if best != list(range(p)) and total <= 0.3 * own and own - total >= SIGNIFICANT**2:
+        return [f"The scores look as if they were in the order {[names[b] for b in best]}, not {list(names)}."]
+    # Of data that are bent in theta the two differ by a factor of their own.
+    information = np.sum((slope / error) ** 2)
+    scale, spread = np.sum(response * slope / error**2) / information, 1 / np.sqrt(information)
+    if scale - SIGNIFICANT * spread > _OTHER_SCALE or 0 < scale + SIGNIFICANT * spread < 1 / _OTHER_SCALE:
+        return [
+            f"The scores are {scale:.2g} ± {spread:.2g} times what the data's dependence on the parameters says: are "
+            "they of these simulations, in their units, and of one simulation each (no mean or sum over several)?"
+        ]
+    return []
 
 
 def _swapped(p: int, a: int, b: int) -> list[int]:

@@ -16,7 +16,7 @@ from flowjax.distributions import AbstractDistribution, StandardNormal, Transfor
 from diffsbi._types import Array, Float, Key, check_finite, check_key, check_names
 from diffsbi.flows import FLOWS, is_smooth
 from diffsbi.flows.affine import ConditionalAffine, with_linear_part
-from diffsbi.inference.checks import outlier_warnings, warnings_of_scores
+from diffsbi.inference.checks import outlier_warnings, precision_warnings, warnings_of_scores
 from diffsbi.inference.losses import (
     AbstractScoreLoss,
     FirstTerm,
@@ -39,7 +39,7 @@ from diffsbi.inference.standardise import Standardiser, fit_standardiser
 from diffsbi.inference.streams import InMemory, Stream, first_of, is_many
 from diffsbi.inference.tails import Tails, drawn_in, fit_tails
 from diffsbi.inference.training import History, fit, schedule
-from diffsbi.inference.weighting import validation_weights
+from diffsbi.inference.weighting import check_fitted, validation_weights
 from diffsbi.prior import Prior
 
 SMALLEST_N = 10
@@ -68,6 +68,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
     """
 
     _member: type[Member] = Member
+    _fewest_in_batch = 1
 
     def __init__(
         self,
@@ -78,11 +79,16 @@ class Estimator(abc.ABC, Generic[Fitted]):
         density_options: dict[str, Any] | None = None,
         force_scores: bool = False,
     ):
-        self.prior: Prior = prior if isinstance(prior, Prior) else prior.prior
+        own = prior if isinstance(prior, Prior) else getattr(prior, "prior", None)
+        if not isinstance(own, Prior):
+            given = type(prior).__name__
+            raise ValueError(f'Expected a Prior({{"name": distribution, ...}}), or something with one; got {given}.')
+        self.prior: Prior = own
         self.density = "smooth" if density is None else density
         if isinstance(self.density, str):
             check_names([self.density], list(FLOWS), "density")
-        self.density_options = dict(density_options or {})
+        options = dict(density_options or {}).items()
+        self.density_options = {name: v.item() if isinstance(v, np.generic) else v for name, v in options}
         self.force_scores = bool(force_scores)
         self.score_weight = _checked_weight(score_weight, self.prior.dim)
         self._rows: list[Part] = []
@@ -193,11 +199,14 @@ class Estimator(abc.ABC, Generic[Fitted]):
             raise ValueError(f"Expected at least {SMALLEST_N} simulations to fit; got {len(self)}.")
         if members < 1:
             raise ValueError(f"Expected members >= 1; got {members}.")
+        if batch_size is not None and batch_size < self._fewest_in_batch:
+            raise ValueError(f"Expected batch_size >= {self._fewest_in_batch}; got {batch_size}.")
         rows = self._unconstrained_rows()
         options = schedule(self._rows_per_epoch(rows), max_epochs, batch_size, patience, len(self))
         options |= {"learning_rate": learning_rate, "weight_decay": weight_decay, "progress": progress}
-        fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, members)]
-        config = self._config(rows, members)
+        fits = [self._fit_one(k, rows, validation_fraction, options) for k in jax.random.split(key, int(members))]
+        check_fitted([history for _, history, _ in fits])
+        config = self._config(rows, int(members))
         if weighting == "validation" and members > 1:
             columns, held_out = rows.judged([held_out for *_, held_out in fits])
             judged = zip((m for m, *_ in fits), held_out, strict=True)
@@ -223,7 +232,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
 
         def prepare(theta, x, score):
             tails = self._tails(x, is_many(*arrays))
-            messages.extend(outlier_warnings(x, tails is not None))
+            messages.extend([*outlier_warnings(x, tails is not None), *precision_warnings(x)])
             if score is not None:
                 messages.extend(warnings_of_scores(self.prior, theta, drawn_in(tails, x), score))
             correct = self._correction(jnp.asarray(theta, jnp.result_type(float)))
@@ -253,7 +262,8 @@ class Estimator(abc.ABC, Generic[Fitted]):
             rows["score"] = self._target_score(of_likelihood, self._prior_score(theta))
         rows |= correct(theta)
         for name, value in rows.items():
-            check_finite(f"{name} in unconstrained space", value)
+            where = "in unconstrained space" if name != "x" else f"as {value.dtype}; rescale it. It has to be finite"
+            check_finite(f"{name} {where}", value)
         return {name: np.asarray(value) for name, value in rows.items()}
 
     def _uses_scores(self) -> bool:

@@ -135,7 +135,7 @@ class FMPE(NPE):
         """
         batch_size = schedule(max(1, len(self)), None, batch_size, None)["batch_size"]
         steps = 2000 if self._with_score() else 1000
-        patience = patience or max(20, steps * batch_size // max(1, len(self)))
+        patience = max(20, steps * batch_size // max(1, len(self))) if patience is None else patience
         options = {"patience": patience, "learning_rate": learning_rate, "weight_decay": weight_decay}
         return super().fit(key, batch_size=batch_size, **options, **settings)
 

@@ -1,5 +1,6 @@
 r"""Neural likelihood estimation: a density of the summaries given the parameters, and the posterior that it makes."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from diffsbi.prior import Prior
 from diffsbi.sampling import Chains, hmc, nuts
 
 _CANDIDATES = 2000  # points among which the chains' starts are chosen
+_CENTRES = 200  # around which they are drawn anew
 _NARROWINGS = 4
 _MOST_CHAINS = 512  # run together by `sample`
+_APART = 1.3  # R-hat
 
 
 class LikelihoodPosterior(FittedPosterior):
@@ -77,6 +80,10 @@ class LikelihoodPosterior(FittedPosterior):
             sampler: "nuts" or "hmc".
             settings: Of `diffsbi.sampling.nuts` or `diffsbi.sampling.hmc`.
         """
+        return self._chains(key, x, n_samples, n_chains, sampler, settings)[0]
+
+    def _chains(self, key, x, n_samples: int, n_chains: int, sampler: str, settings) -> tuple[Chains, "_Population"]:
+        """Chains, and the weighted candidates that their starts were chosen among."""
         if n_samples < 1 or n_chains < 1:
             raise ValueError(f"Expected n_samples >= 1 and n_chains >= 1; got {n_samples} and {n_chains}.")
         check_names([sampler], list(_SAMPLERS), "sampler")
@@ -86,11 +93,12 @@ class LikelihoodPosterior(FittedPosterior):
         settings = dict(n_warmup=200, chain_method="vectorized", step_size=0.5) | usual | settings
         lengths = settings.pop("n_warmup"), n_samples
         target, flat = _Target(*self._core()), data.reshape(-1, self.x_dim)
-        init, frames = _starts(target, jax.random.split(key_start, len(flat)), flat, n_chains)
+        init, frames, population = _starts(target, jax.random.split(key_start, len(flat)), flat, n_chains)
         start = {"v": init}
         if len(flat) == 1:  # one target: its R-hat and effective sample size can be waited for
             one = _At(target, jax.tree.map(lambda a: a[0], frames))
-            return run(one, start, key_chain, *lengths, names=self.names, extract=one.theta, **settings)
+            found = run(one, start, key_chain, *lengths, names=self.names, extract=one.theta, **settings)
+            return found, population
         if sampler == "nuts":  # all chains wait for the deepest tree
             settings = dict(max_tree_depth=(6, 8)) | settings
         frames = jax.tree.map(lambda a: jnp.repeat(a, n_chains, axis=0), frames)
@@ -98,35 +106,50 @@ class LikelihoodPosterior(FittedPosterior):
             target, start, key_chain, *lengths, names=self.names, extract=_coordinates, data=frames, **settings
         )
         theta = jax.vmap(target.theta)({"v": jnp.asarray(chains.theta)}, frames)
-        return eqx.tree_at(lambda c: c.theta, chains, np.asarray(theta))
+        return eqx.tree_at(lambda c: c.theta, chains, np.asarray(theta)), population
 
-    def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None, **settings) -> Float[Array, "n *m p"]:
+    def sample(
+        self, key: Key, n: int, x: Float[Array, "*m d"] | None = None, *, n_chains: int = 4, sampler="nuts", **settings
+    ) -> Float[Array, "n *m p"]:
         """`n` draws of theta, `(n, p)`; `(n, *m, p)` for data with leading dimensions, one set of chains for each.
 
-        The draws are those of `chains`, in random order; at most `_MOST_CHAINS` chains run together.
+        The draws are those of `chains`, in random order; at most `_MOST_CHAINS` chains run together. Chains in modes
+        that are far apart stay there: they then count by the weight of the candidates, drawn before, that are near
+        each, and a warning says so.
 
         Raises:
             ValueError: If `n` or `n_chains` < 1, or x has the wrong width, no rows, is not finite, or is missing.
             MemoryError: If memory is used up; the message says what to lower.
         """
-        if n < 1:
+        if (n := int(n)) < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
         data = self._rows(x)
         flat = data.reshape(-1, self.x_dim)
-        n_chains = settings.setdefault("n_chains", 4)
         if n_chains < 1:
             raise ValueError(f"Expected n_chains >= 1; got {n_chains}.")
         # Blocks of one size: one compilation.
         n_blocks = -(-len(flat) * n_chains // _MOST_CHAINS)
         size = -(-len(flat) // n_blocks)
-        draws = []
+        draws, apart = [], 0
         for b, first in enumerate(range(0, len(flat), size)):
             key_chain, key_order = jax.random.split(jax.random.fold_in(check_key(key), b))
             block = flat[jnp.minimum(jnp.arange(first, first + size), len(flat) - 1)]
             with enough_memory(n, data):
-                chains = self.chains(key_chain, block, n_samples=-(-n // n_chains), **settings)
-            theta = jnp.asarray(chains.theta).reshape(size, -1, self.prior.dim)
-            draws.append(jax.vmap(jax.random.permutation)(jax.random.split(key_order, size), theta)[:, :n])
+                chains, population = self._chains(key_chain, block, -(-n // n_chains), n_chains, sampler, settings)
+            theta = np.array(chains.theta).reshape(size, n_chains, -1, self.prior.dim)
+            for i in np.flatnonzero(_largest_rhat(theta) > _APART):
+                apart += int(first + i < len(flat))
+                theta[i] = _by_mode(self.prior, theta[i], population.u[i], population.weight[i])
+            flattened = jnp.asarray(theta).reshape(size, -1, self.prior.dim)
+            draws.append(jax.vmap(jax.random.permutation)(jax.random.split(key_order, size), flattened)[:, :n])
+        if apart:
+            warnings.warn(
+                f"The {n_chains} chains of {apart} of {len(flat)} rows of x are not in one place: the posterior has "
+                f"several modes, or they have not converged. Draws are shared out by the weights of {_CANDIDATES} "
+                "candidates; a mode in which no chain started is missing. More chains (n_chains=20) find more, and NPE "
+                "does not need any.",
+                stacklevel=2,
+            )
         out = jnp.concatenate(draws)[: len(flat)]
         return jnp.moveaxis(out, 0, 1).reshape(n, *data.shape[:-1], self.prior.dim)
 
@@ -141,6 +164,13 @@ class _Frame(NamedTuple):
     x: Float[Array, " d"]
     loc: Float[Array, " p"]
     root: Float[Array, "p p"]
+
+
+class _Population(NamedTuple):
+    """Candidates in unconstrained space, `(m, k, p)`, and their importance weights, which sum to one."""
+
+    u: Array
+    weight: Array
 
 
 class _Target(eqx.Module):
@@ -181,15 +211,50 @@ _SAMPLERS: dict[str, tuple[Callable[..., Chains], dict[str, Any]]] = {
 }
 
 
+def _largest_rhat(theta: Float[np.ndarray, "m c n p"]) -> np.ndarray:
+    """R-hat of the chains of each of m rows, the largest of all parameters; 1 where there is one chain, or one draw."""
+    n = theta.shape[2]
+    if n < 2 or theta.shape[1] < 2:
+        return np.ones(len(theta))
+    within, between = theta.var(2, ddof=1).mean(1), theta.mean(2).var(1, ddof=1)
+    return np.sqrt((n - 1) / n + between / np.maximum(within, 1e-300)).max(-1)
+
+
+def _by_mode(prior: Prior, theta: Float[np.ndarray, "c n p"], candidates, weight) -> Float[np.ndarray, "c n p"]:
+    """As many draws of these chains, each chain as often as the candidates weigh that are likeliest under its normal.
+
+    Of chains in one mode any may have the more: together they have what the mode weighs.
+    """
+    u = np.asarray(prior.to_unconstrained(jnp.asarray(theta)), float)
+    closeness = np.stack([_normal_log_prob(np.asarray(candidates, float), chain) for chain in u])
+    share = np.bincount(closeness.argmax(0), np.asarray(weight, float), len(u))
+    n = theta.shape[0] * theta.shape[1]
+    chain = np.minimum(np.searchsorted(np.cumsum(share / share.sum()), (np.arange(n) + 0.5) / n), len(u) - 1)
+    first = np.searchsorted(chain, chain)  # where the picks of the same chain begin
+    place = (np.arange(n) - first) * theta.shape[1] // np.maximum(np.bincount(chain, minlength=len(u))[chain], 1)
+    return theta[chain, place].reshape(theta.shape)
+
+
+def _normal_log_prob(at: Float[np.ndarray, "k p"], draws: Float[np.ndarray, "n p"]) -> np.ndarray:
+    """Log-density of the normal with the moments of the draws, up to a constant."""
+    centred = draws - draws.mean(0)
+    covariance = centred.T @ centred / len(draws)
+    covariance += np.diag(1e-6 + 0.05 * np.diag(covariance))  # of few draws
+    root = np.linalg.cholesky(covariance)
+    distance = np.sum(np.linalg.solve(root, (at - draws.mean(0)).T) ** 2, 0)
+    return -0.5 * distance - np.sum(np.log(np.diag(root)))
+
+
 @eqx.filter_jit
-def _starts(target: _Target, keys: Key, x: Float[Array, "m d"], n_chains: int) -> tuple[Array, _Frame]:
+def _starts(target: _Target, keys: Key, x: Float[Array, "m d"], n_chains: int) -> tuple[Array, _Frame, _Population]:
     """Starts (m n_chains, p) in the bulk of each row's posterior, and the rows' frames; one row after the other."""
-    starts, frames = jax.lax.map(lambda args: _starts_of(target, args[0], args[1], n_chains), (keys, x))
-    return starts.reshape(-1, starts.shape[-1]), frames
+    found = jax.lax.map(lambda args: _starts_of(target, args[0], args[1], n_chains), (keys, x))
+    starts, frames, population = found
+    return starts.reshape(-1, starts.shape[-1]), frames, population
 
 
-def _starts_of(target: _Target, key: Key, x: Float[Array, " d"], n_chains: int) -> tuple[Array, _Frame]:
-    """Importance resampling of ever narrower candidates."""
+def _starts_of(target: _Target, key: Key, x: Float[Array, " d"], n_chains: int) -> tuple[Array, _Frame, _Population]:
+    """Importance resampling of ever narrower candidates (population Monte Carlo, Cappé et al. 2004)."""
 
     def values(u):
         value = jax.vmap(lambda one: target.log_prob(one, x))(u)
@@ -203,13 +268,21 @@ def _starts_of(target: _Target, key: Key, x: Float[Array, " d"], n_chains: int) 
         u, log_weight = carry
         key_choose, key_move = jax.random.split(key_round)
         # Systematic resampling.
-        places = (jnp.arange(_CANDIDATES) + jax.random.uniform(key_choose)) / _CANDIDATES
+        places = (jnp.arange(_CENTRES) + jax.random.uniform(key_choose)) / _CENTRES
         index = jnp.searchsorted(jnp.cumsum(jax.nn.softmax(log_weight)), places)
-        chosen = u[jnp.minimum(index, _CANDIDATES - 1)]
+        centres = u[jnp.minimum(index, _CANDIDATES - 1)]
         # Candidates that are copies of few are told apart by a tenth of the last round's spread at least.
-        width = jnp.maximum(jnp.std(chosen, 0), 0.1 * jnp.std(u, 0))
-        u = chosen + jnp.broadcast_to(width, chosen.shape) * jax.random.normal(key_move, chosen.shape)
-        return (u, values(u)), None
+        width = jnp.maximum(jnp.std(centres, 0), 0.1 * jnp.std(u, 0))
+        root = jnp.linalg.cholesky(
+            0.9 * jnp.cov(centres, rowvar=False).reshape(width.size, -1) + 0.1 * jnp.diag(width**2)
+        )
+        step = jax.random.normal(key_move, u.shape)
+        u = jnp.repeat(centres, _CANDIDATES // _CENTRES, axis=0) + step @ root.T
+        # What they are drawn from: the mixture of the normals about all centres.
+        inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(width.size, dtype=u.dtype), lower=True)
+        a, b = u @ inverse.T, centres @ inverse.T
+        distance = jnp.sum(a**2, 1)[:, None] - 2 * a @ b.T + jnp.sum(b**2, 1)[None, :]
+        return (u, values(u) - jax.nn.logsumexp(-0.5 * distance, axis=1)), None
 
     (u, log_weight), _ = jax.lax.scan(narrow, (u, log_weight), jax.random.split(key, _NARROWINGS))
     weight = jax.nn.softmax(log_weight)
@@ -219,10 +292,24 @@ def _starts_of(target: _Target, key: Key, x: Float[Array, " d"], n_chains: int) 
     covariance = centred.T @ (weight[:, None] * centred)
     diagonal = jnp.diag(jnp.maximum(jnp.diag(covariance), 1e-3 * jnp.var(u, 0)))
     root = jnp.linalg.cholesky(0.9 * covariance + 0.1 * diagonal)
-    # Distinct ones, in proportion to the density (Gumbel's trick).
-    order = log_weight + jax.random.gumbel(key, log_weight.shape)
-    chosen = centred[jnp.argsort(-order)[:n_chains]]
-    return jax.scipy.linalg.solve_triangular(root, chosen.T, lower=True).T, _Frame(x, loc, root)
+    v = jax.scipy.linalg.solve_triangular(root, centred.T, lower=True).T
+    return _spread_out(key, v, weight, n_chains), _Frame(x, loc, root), _Population(u, weight)
+
+
+def _spread_out(key: Key, v: Float[Array, "k p"], weight: Float[Array, " k"], n: int) -> Float[Array, "n p"]:
+    """n of the candidates, each by its weight times the squared distance from the nearest one before it (k-means++).
+
+    So that modes have a chain each, where there are no more modes than chains.
+    """
+
+    def choose(nearest, key):
+        # Gumbel's trick.
+        index = jnp.argmax(jnp.log(weight * nearest) + jax.random.gumbel(key, weight.shape))
+        distance = jnp.sum((v - jnp.broadcast_to(v[index], v.shape)) ** 2, 1)
+        return jnp.minimum(nearest, distance), v[index]
+
+    start = jnp.full(weight.shape, jnp.finfo(v.dtype).max ** 0.5, v.dtype)
+    return jax.lax.scan(choose, start, jax.random.split(key, n))[1]
 
 
 class NLE(Estimator[LikelihoodPosterior]):

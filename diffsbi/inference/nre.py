@@ -69,6 +69,7 @@ class NRE(NLE):
     """
 
     _member = RatioMember
+    _fewest_in_batch = 2  # a row is told from another's parameters
 
     def __init__(
         self,

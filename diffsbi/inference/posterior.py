@@ -3,6 +3,7 @@ r"""A fitted posterior: draws and densities in theta, whatever the space that it
 import abc
 import functools
 import json
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, Self
@@ -105,6 +106,16 @@ class FittedPosterior(eqx.Module):
     @abc.abstractmethod
     def x_dim(self) -> int:
         """Width of the data."""
+
+    @property
+    def history(self) -> History:
+        """The history of the first member."""
+        return self.histories[0]
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether `log_prob` is a density, and not one up to a constant."""
+        return False
 
     def condition(self, x: Float[Array, " d"]) -> Self:
         """The same posterior with `x` as its default data."""
@@ -217,9 +228,8 @@ class Posterior(DensityPosterior):
     r"""$q(\theta | x)$, a mixture of its members in unconstrained space: no draw leaves the prior's support."""
 
     @property
-    def history(self) -> History:
-        """The history of the first member."""
-        return self.histories[0]
+    def is_normalised(self) -> bool:
+        return True
 
     def sample(self, key: Key, n: int, x: Float[Array, "*m d"] | None = None) -> Float[Array, "n *m p"]:
         """`n` draws of theta, shape `(n, p)`; `(n, *m, p)` for data with leading dimensions.
@@ -229,7 +239,7 @@ class Posterior(DensityPosterior):
             MemoryError: If memory is used up; the message says what to lower.
         """
         check_key(key)
-        if n < 1:
+        if (n := int(n)) < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
         data = self._observations(x)
         with enough_memory(n, data):
@@ -314,15 +324,24 @@ def mixture_log_prob(
     return jax.nn.logsumexp(values + jnp.broadcast_to(log_weights, values.shape), axis=0)
 
 
-def truncated_prior(posterior: FittedPosterior, key: Key, n: int, x=None, *, outside=1e-4, most_candidates=10_000_000):
+def truncated_prior(
+    posterior: FittedPosterior,
+    key: Key,
+    n: int,
+    x=None,
+    *,
+    outside: float = 1e-4,
+    most_candidates: int = 10_000_000,
+    most_seconds: float = 900.0,
+):
     """Draws of the prior within the posterior's highest-density region that holds all but `outside` of it.
 
     Returns:
         The draws `(n, p)`, and the region, theta `(m, p)` → `(m,)`.
 
     Raises:
-        ValueError: If the region holds so little of the prior that `most_candidates` draws do not give n; after a
-            few blocks already where these say so.
+        ValueError: If the region holds so little of the prior that `most_candidates` draws do not give n, nor
+            `most_seconds` (some densities are slow: `FMPE`); after a few blocks already where these say so.
     """
     key_level, key = jax.random.split(check_key(key))
     draws = posterior.sample(key_level, 20_000, x)
@@ -332,7 +351,7 @@ def truncated_prior(posterior: FittedPosterior, key: Key, n: int, x=None, *, out
         return np.asarray(posterior.log_prob(jnp.asarray(theta), x) >= level)
 
     kept: list[np.ndarray] = []
-    found, tried, size = 0, 0, 20_000
+    found, tried, size, start = 0, 0, 20_000, time.monotonic()
     while found < n:
         likely = (found + 3 * np.sqrt(found) + 5) / max(tried, 1) * most_candidates  # three standard deviations up
         if tried >= most_candidates or (tried >= _FEW_BLOCKS * size and likely < n):
@@ -344,4 +363,9 @@ def truncated_prior(posterior: FittedPosterior, key: Key, n: int, x=None, *, out
         candidates = posterior.prior.sample(jax.random.fold_in(key, tried), (size,))
         good = np.asarray(candidates)[inside(candidates)]
         kept, found, tried = [*kept, good], found + len(good), tried + size
+        if found < n and (seconds := time.monotonic() - start) > most_seconds:
+            raise ValueError(
+                f"Expected {n} draws of the prior within the posterior's region in {most_seconds:g} s; {tried} "
+                f"candidates gave {found} in {seconds:.0f} s."
+            )
     return jnp.asarray(np.concatenate(kept)[:n]), inside

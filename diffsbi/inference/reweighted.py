@@ -47,7 +47,7 @@ class ReweightedPosterior(DensityPosterior):
                 of a million draws of q are where simulations were.
             MemoryError: If memory is used up; the message says what to lower.
         """
-        if n < 1:
+        if (n := int(n)) < 1:
             raise ValueError(f"Expected n >= 1 draws; got {n}.")
         data = self._observations(x)
         keys = jax.random.split(check_key(key), data.size // self.x_dim)
@@ -97,8 +97,10 @@ class ReweightedPosterior(DensityPosterior):
                 stacklevel=3,
             )
         if np.sum(weight > 0) < n:
-            most = f"{np.sum(weight > 0)} of {len(weight)} candidates are where simulations were"
-            raise ValueError(f"Expected fewer draws than n={n}: {most}.")
+            raise ValueError(
+                f"Expected n={n} draws where simulations were; {np.sum(weight > 0)} of {len(weight)} candidates lie "
+                "there: x is unlike the simulations, or the proposal is too narrow."
+            )
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key_choose)))
         return jnp.asarray(np.concatenate(thetas)[choose(weight, n, rng)])
 

@@ -132,6 +132,7 @@ def rounds(
         raise ValueError(f"Expected block_size >= 1 and a finite widen > 0; got {block_size} and {widen}.")
     if summary is not None and summary_at is not None:
         raise ValueError("Expected summary or summary_at; got both.")
+    _check_types(sim, estimator)
     if len(estimator) and (summary_at is not None or proposal is not None):
         which = "summary_at" if summary_at is not None else "proposal"
         raise ValueError(f"Expected an estimator without simulations for {which}=...; it has {len(estimator)}.")
@@ -139,6 +140,8 @@ def rounds(
     scores = dict(with_score=with_score, latents=latents, n_average=n_average)
     files = RoundFiles(folder, block_size, progress, sim, scores, x, check_key(key))
     summary = jnp.ravel if summary is None else summary
+    if len(estimator):
+        _check_rows(estimator, jax.eval_shape(summary, x).shape, with_score)
     fitted = estimator
     parts: list[_Part] = []
     posteriors: list[FittedPosterior] = []
@@ -152,7 +155,7 @@ def rounds(
         key_theta, key_draw, key_fit, key_sample = jax.random.split(key_round, 4)
         if r > 0 or not len(estimator):
             if not posteriors:
-                theta, inside = (sim.prior if proposal is None else proposal).sample(key_theta, (n_per_round,)), None
+                theta, inside = _first_draws(sim.prior if proposal is None else proposal, key_theta, n_per_round), None
             elif isinstance(posteriors[-1], DensityPosterior) and not fitted.from_prior:
                 proposal = gaussian_proposal(sim, samples[-1], widen)
                 theta, inside = proposal.sample(key_theta, (n_per_round,)), None
@@ -193,6 +196,35 @@ def rounds(
     return Rounds(
         tuple(posteriors), tuple(summaries), np.stack(samples), tuple(moved), tuple(leaked), simulations, reason
     )
+
+
+def _check_types(sim, estimator) -> None:
+    if not hasattr(sim, "draw_one") or not isinstance(getattr(sim, "prior", None), Prior):
+        raise ValueError(f"Expected a simulator, with a prior and draws; got {type(sim).__name__}.")
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"Expected an estimator, such as diffsbi.NPE(sim); got {estimator!r:.80}.")
+    if estimator.prior.names != sim.prior.names:
+        names = f"{list(estimator.prior.names)}, not {list(sim.prior.names)}"
+        raise ValueError(f"Expected the estimator's prior to be the simulator's; its parameters are {names}.")
+    theta = sim.prior.sample(jax.random.key(0), (100,))
+    own, other = (np.asarray(prior.log_prob(theta), float) for prior in (sim.prior, estimator.prior))
+    if not np.allclose(own, other, rtol=1e-3, atol=1e-3):
+        raise ValueError("Expected the estimator's prior to be the simulator's; their densities differ.")
+
+
+def _check_rows(estimator: Estimator, shape: tuple[int, ...], with_score: bool) -> None:
+    """Whether new rows can join those that the estimator has; before anything is simulated."""
+    rows = estimator._rows[0]
+    if shape != rows.x.shape[1:]:
+        raise ValueError(f"Expected summaries of shape {rows.x.shape[1:]}, as the estimator has; got {shape}.")
+    if with_score != (rows.score is not None):
+        has = "no scores" if with_score else "scores"
+        raise ValueError(f"Expected with_score={not with_score}, as the estimator's simulations have {has}.")
+
+
+def _first_draws(proposal, key: Key, n: int) -> Array:
+    """Draws of a distribution, or of the posterior of another fit."""
+    return proposal.sample(key, n if isinstance(proposal, FittedPosterior) else (n,))
 
 
 def _gave_up(r: int, error: ValueError) -> str:

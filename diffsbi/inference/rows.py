@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.stats import ks_2samp
 
@@ -37,12 +38,31 @@ def checked_part(prior: Prior, before: Sequence[Part], theta, x, score, proposal
         theta, x, score = _finite_rows(prior, theta, x, score)
     for name, array in {"theta": theta, "x": x, "score": score}.items():
         if array is not None:
-            _check_finite(name, array)
+            _check_finite(name, array, () if name == "x" else prior.names)
     for (block,) in blocks_of(theta):
         prior.check(block)
-    if proposal is not None and not hasattr(proposal, "log_prob"):
-        raise ValueError(f"Expected a proposal with log_prob(theta), or None for the prior; got {proposal!r}.")
+    if proposal is not None:
+        _check_proposal(proposal, theta)
     return Part(theta, x, score, proposal)
+
+
+def _check_proposal(proposal, theta) -> None:
+    if not hasattr(proposal, "log_prob"):
+        raise ValueError(f"Expected a proposal with log_prob(theta), or None for the prior; got {proposal!r}.")
+    if not getattr(proposal, "is_normalised", True):
+        raise ValueError(
+            f"Expected a proposal whose log_prob is normalised; that of a {type(proposal).__name__} is known up to a "
+            "constant only. Take gaussian_proposal(prior, draws) of its draws, or give the rows to NLE or NRE, which "
+            "need no proposal."
+        )
+    p = theta.shape[1]
+    try:
+        shape = jax.eval_shape(proposal.log_prob, jax.ShapeDtypeStruct((2, p), jnp.result_type(float))).shape
+    except Exception as error:
+        what = f"Expected a proposal whose log_prob is a JAX function, theta (n, {p}) -> (n,)"
+        raise ValueError(f"{what}; got {error}") from error
+    if shape != (2,):
+        raise ValueError(f"Expected a proposal with log_prob of theta (n, {p}) -> (n,); got {shape} for n = 2.")
 
 
 def _check_shapes(prior: Prior, before: Sequence[Part], theta, x, score) -> None:
@@ -59,7 +79,10 @@ def _check_shapes(prior: Prior, before: Sequence[Part], theta, x, score) -> None
         raise ValueError(f"Expected x with {before[0].x.shape[1]} columns, as appended before; got {x.shape[1]}.")
     if (score is None) != (before[0].score is None):
         with_score = "with" if before[0].score is not None else "without"
-        raise ValueError(f"Expected rows {with_score} score, as appended before; got the opposite.")
+        raise ValueError(
+            f"Expected rows {with_score} score, as appended before; got the opposite. Leave it out everywhere, or "
+            "use two estimators."
+        )
 
 
 def as_rows(array):
@@ -121,18 +144,22 @@ def blocks_of(*arrays) -> Iterator[tuple]:
         yield tuple(None if a is None else np.asarray(a[start : start + size]) for a in arrays)
 
 
-def _check_finite(name: str, array) -> None:
-    """`check_finite` of a long array."""
-    bad, first, start = 0, None, 0
+def _check_finite(name: str, array, columns: Sequence[str]) -> None:
+    """Raise where a value of a long array is not finite, and say how many there are, in which rows and columns."""
+    bad, first, start = np.zeros(array.shape[1], int), None, 0
+    rows = 0
     for (block,) in blocks_of(array):
         wrong = ~np.isfinite(block)
         if wrong.any() and first is None:
             row, *rest = np.argwhere(wrong)[0]
             first = (int(row) + start, *map(int, rest))
-        bad, start = bad + int(wrong.sum()), start + len(block)
-    if bad:
-        size = int(np.prod(array.shape))
-        raise ValueError(f"Expected finite {name}; got {bad} non-finite of {size} values, first at {first}.")
+        bad, rows, start = bad + wrong.sum(0), rows + int(wrong.any(1).sum()), start + len(block)
+    if rows:
+        named = "; ".join(f"{c}: {k}" for c, k in zip(columns, bad, strict=True) if k) if columns else ""
+        raise ValueError(
+            f"Expected finite {name}; got {bad.sum()} non-finite of {int(np.prod(array.shape))} values, in {rows} of "
+            f"{start} rows{f' ({named})' if named else ''}, first at {first}. on_invalid='drop' leaves such rows out."
+        )
 
 
 def _finite_rows(prior: Prior, theta, x, score):
@@ -143,6 +170,9 @@ def _finite_rows(prior: Prior, theta, x, score):
     keep = ~np.logical_or.reduce(list(bad.values()))
     if keep.all():
         return theta, x, score
+    if not keep.any():
+        counts = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
+        raise ValueError(f"Expected a row that is finite; none of {len(keep)} is ({counts}).")
     where = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
     places = _places(prior.names, theta, keep, bad["theta"])
     warnings.warn(

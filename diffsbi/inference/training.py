@@ -64,10 +64,10 @@ def schedule(
     to learn (the likelihood of SLCP from 10 000: C2ST .86 after 5 000 steps, .83 after 20 000). Where the rows are
     more, `of` all, there are epochs for two passes over them at least.
     """
-    batch_size = batch_size or int(np.clip(n // 10, 32, 256))
-    patience = patience or max(20, 400 * batch_size // n)
+    batch_size = int(np.clip(n // 10, 32, 256) if batch_size is None else batch_size)
+    patience = int(max(20, 400 * batch_size // n) if patience is None else patience)
     steps = int(5000 * np.clip(n / 2500, 1, 4))
-    max_epochs = max_epochs or max(50, steps * batch_size // n, 2 * of // n)
+    max_epochs = int(max(50, steps * batch_size // n, 2 * of // n) if max_epochs is None else max_epochs)
     return {"max_epochs": max_epochs, "batch_size": batch_size, "patience": patience}
 
 

@@ -29,6 +29,16 @@ def _log_prob(member: Member, of: Array, given: Array) -> Array:
     return member.log_prob(of, given)
 
 
+def check_fitted(histories) -> None:
+    """Raise where no member has had a finite loss, before any step or after."""
+    if all(h.best_epoch == 0 and not np.isfinite(h.first_validation) for h in histories):
+        losses = ", ".join(f"{h.first_validation:g}" for h in histories)
+        raise ValueError(
+            f"Expected a finite loss; before the first step it was {losses} (a value for each member), and it stayed "
+            "so. Look for outliers in theta, x and score."
+        )
+
+
 def stacking_weights(log_prob: Float[Array, "n m"], held_out) -> np.ndarray:
     r"""Weights $w$ of the mixture $\sum_k w_k q_k$, `(m,)`, summing to one; zero for members that failed.
 
