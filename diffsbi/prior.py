@@ -80,7 +80,7 @@ class Prior(eqx.Module):
         """u(theta), elementwise; of a value on a support's edge, that of one just inside it."""
         check_trailing("theta", theta, (self.dim,))
         theta = jnp.asarray(theta)
-        columns = [_off_edges(d.support, theta[..., i]) for i, d in enumerate(self.distributions)]
+        columns = [_off_edges(d.support, theta[..., i], self._fiducial[i]) for i, d in enumerate(self.distributions)]
         return jnp.stack([b.inv(column) for b, column in zip(self._bijections, columns, strict=True)], -1)
 
     def from_unconstrained(self, u: Float[Array, "*n p"]) -> Float[Array, "*n p"]:
@@ -160,18 +160,17 @@ class Prior(eqx.Module):
         return [biject_to(d.support) for d in self.distributions]
 
 
-def _off_edges(support, value: Array) -> Array:
-    """Values on a bound of the support moved inside: by a millionth of its width, or by two steps of the precision.
+def _off_edges(support, value: Array, fiducial: float) -> Array:
+    """Values on a bound of the support moved inside: by a millionth of the way to the fiducial, or two steps of floats.
 
     The bound belongs to the support of a uniform distribution, whose draws reach it, and has no finite u.
     """
     value = jnp.asarray(value, jnp.result_type(value, float))
-    low, high = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
-    width = 1.0 if low is None or high is None else jnp.asarray(high) - low
-    for bound, side in ((low, 1.0), (high, -1.0)):
+    for bound in (getattr(support, name, None) for name in ("lower_bound", "upper_bound")):
         if bound is not None:
-            step = jnp.maximum(1e-6 * width, 2 * jnp.finfo(value.dtype).eps * jnp.abs(bound))
-            value = jnp.where(value == bound, (bound + side * step).astype(value.dtype), value)
+            step = jnp.maximum(1e-6 * jnp.abs(fiducial - bound), 2 * jnp.finfo(value.dtype).eps * jnp.abs(bound))
+            inside = bound + jnp.sign(fiducial - bound) * step
+            value = jnp.where(value == bound, inside.astype(value.dtype), value)
     return value
 
 

@@ -217,3 +217,5 @@ def test_values_on_the_edges_have_a_finite_place_without_bounds(low, high):
     u = prior.to_unconstrained(theta)
     assert jnp.all(jnp.isfinite(u)) and u[0, 0] < -5 and u[2, 0] > 5
     np.testing.assert_allclose(prior.from_unconstrained(u), theta, rtol=0, atol=1e-3 * (high - low))
+    tiny = Prior({"a": dist.HalfNormal(1e-9)}, {"a": 1e-9})
+    assert 0 < tiny.from_unconstrained(tiny.to_unconstrained(jnp.zeros(1)))[0] < 1e-11
