@@ -110,8 +110,8 @@ class Estimator(abc.ABC, Generic[Fitted]):
             theta: Parameters, (n, p).
             x: Summaries, (n, d).
             score: $\nabla_\theta \log p(x, z | \theta)$ without the prior's, (n, p); for all appended rows or for none.
-            proposal: What theta was drawn from, with a `log_prob(theta)` in JAX (`gaussian_proposal`); None for the
-                prior. Likelihoods and ratios do not depend on it; posteriors are corrected for it.
+            proposal: What theta was drawn from, with a normalised `log_prob`, a JAX function of theta (n, p); None for
+                the prior. Posteriors are corrected for it, likelihoods and ratios do not depend on it.
             on_invalid: "raise", or "drop": rows with a number that is not finite are left out, with a warning that
                 says how many, and where; the fit is then biased wherever such rows are likelier than elsewhere.
 
