@@ -146,7 +146,7 @@ def _otherwise(names, score, residual, slope) -> list[str]:
     if best != list(range(p)) and total <= 0.3 * own and own - total >= SIGNIFICANT**2:
         return [f"The scores look as if they were in the order {[names[b] for b in best]}, not {list(names)}."]
     # Of data that are bent in theta the two differ by a factor of their own.
-    information = np.sum((slope / error) ** 2)
+    information = np.sum((slope / error) ** 2) + 1e-300
     scale, spread = np.sum(response * slope / error**2) / information, 1 / np.sqrt(information)
     if scale - SIGNIFICANT * spread > _OTHER_SCALE or 0 < scale + SIGNIFICANT * spread < 1 / _OTHER_SCALE:
         return [
