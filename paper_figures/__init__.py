@@ -40,11 +40,12 @@ def command_line(draw: Callable[[Path], Figures], name: str) -> None:
             print(plotting.save(figure, (arguments.out or arguments.runs / "figures") / f"{title}.{suffix}"))
 
 
-def score_colors(kinds) -> dict[str, str]:
-    """A kind of score → its colour, the same in all figures: without, white, and of little noise."""
+def score_colors(kinds, titles: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A kind of score (or its title) → its colour, the same in all figures: without, white, and of little noise."""
     known = {"none": 0, "white": 1, "white_1": 1}
     quiet = iter((2, 3, 4, 5) * len(kinds))
-    return {kind: plotting.CYCLE[known[kind] if kind in known else next(quiet)] for kind in kinds}
+    places = {kind: known[kind] if kind in known else next(quiet) for kind in kinds}
+    return {(titles or {}).get(kind, kind): plotting.CYCLE[place] for kind, place in places.items()}
 
 
 def mean_points(

@@ -16,7 +16,7 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
     folder = runs / "scores_lensing"
     found = read_json(folder / "distances.json")
     kinds = list(dict.fromkeys(row["score"] for row in found["rows"]))
-    options = dict(log_y=False, colors={TITLES[kind]: color for kind, color in score_colors(kinds).items()})
+    options = dict(log_y=False, colors=score_colors(kinds, TITLES))
     full, own = (
         {
             name: mean_points([row for row in found["rows"] if row["estimator"] == name], TITLES, value)

@@ -17,8 +17,7 @@ NAMES = {"wide": "prior", "narrow": "narrow proposal"}
 def draw(runs: Path) -> dict[str, plotting.Figure]:
     folder = runs / "scores_lotka_volterra"
     found = read_json(folder / "distances.json")
-    rows, figures = found["rows"], {}
-    colors = {TITLES[kind]: color for kind, color in score_colors(TITLES).items()}
+    rows, figures, colors = found["rows"], {}, score_colors(TITLES, TITLES)
     published = [
         (PUBLISHED[kind], float(n), c2st, 0.0) for kind, row in found["published"].items() for n, c2st in row.items()
     ]

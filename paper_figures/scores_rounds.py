@@ -12,7 +12,7 @@ def draw(runs: Path) -> dict[str, plotting.Figure]:
     folder = runs / "scores_rounds"
     found = read_json(folder / "distances.json")
     kinds, figures = list(dict.fromkeys(row["score"] for row in found["rows"])), {}
-    colors = {TITLES[kind]: color for kind, color in score_colors(kinds).items()}
+    colors = score_colors(kinds, TITLES)
     for estimator in dict.fromkeys(row["estimator"] for row in found["rows"]):
         chosen = [row for row in found["rows"] if row["estimator"] == estimator]
         points = mean_points(chosen, TITLES)

@@ -143,7 +143,7 @@ def test_refusals(linear, wrong):
         ds.NRE(linear, **wrong)
 
 
-def test_a_batch_of_one_row_has_no_contrast(linear, scored):
+def test_a_batch_of_one_row_has_no_contrast(linear):
     draws = linear.draw(jax.random.key(0), 20, with_score=False)
     with pytest.raises(ValueError, match="batch_size >= 2; got 1"):
         ds.NRE(linear).append(draws.theta, draws.x).fit(jax.random.key(1), batch_size=1)

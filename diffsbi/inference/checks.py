@@ -78,12 +78,10 @@ def score_warnings(
     if len(parameters) < _LEAST_FOR_PRIOR:
         return []
     far = 10 * median_and_spread(scores)[1] + 1e-300
-    scores, parameters = np.clip(scores, -far, far), parameters - parameters.mean(0)
-    t, slope = _responding(parameters, data)
-    residual = t - parameters @ slope
+    scores = np.clip(scores, -far, far)
     found = _with_prior(names, scores, gradients)
     if len(parameters) >= max(_LEAST_ROWS, 2 * data.shape[1]):  # fewer suggest another order by chance
-        found += _otherwise(names, scores, residual, slope)
+        found += _otherwise(names, parameters, data, scores)
     return found
 
 
@@ -97,12 +95,14 @@ def warnings_of_scores(prior: Prior, theta, x, score) -> list[str]:
 
 
 def _responding(theta: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The data as the p combinations that know most of theta, uncorrelated, `(n, p)`, and their slopes in theta."""
+    """Of the p uncorrelated combinations of the data that know most of theta: slopes `(p, p)`, residuals `(n, p)`."""
     _, whiten = whitening(x)
+    theta = theta - theta.mean(0)
     coefficients, _ = ridge_regression((x - x.mean(0)) @ whiten.T, theta)
     t = (x - x.mean(0)) @ whiten.T @ coefficients.T
     t = t @ whitening(t)[1].T
-    return t, np.linalg.lstsq(theta, t, rcond=None)[0]  # (parameter, combination)
+    slope = np.linalg.lstsq(theta, t, rcond=None)[0]  # (parameter, combination)
+    return slope, t - theta @ slope
 
 
 def _with_prior(names, score, prior_score) -> list[str]:
@@ -126,9 +126,9 @@ def _with_prior(names, score, prior_score) -> list[str]:
     return out
 
 
-def _otherwise(names, score, residual, slope) -> list[str]:
+def _otherwise(names, theta, x, score) -> list[str]:
     """Whether another sign, order or scale explains the covariance of scores and data much better than theirs."""
-    p = len(names)
+    p, (slope, residual) = len(names), _responding(theta, x)
     products = score[:, :, None] * residual[:, None, :]  # of mean ∂t/∂theta
     response, error = products.mean(0), products.std(0) / np.sqrt(len(score)) + 1e-300
     misfit, negative = (

@@ -262,7 +262,7 @@ class Estimator(abc.ABC, Generic[Fitted]):
             rows["score"] = self._target_score(of_likelihood, self._prior_score(theta))
         rows |= correct(theta)
         for name, value in rows.items():
-            where = "in unconstrained space" if name != "x" else f"as {value.dtype}; rescale it. It has to be finite"
+            where = "in unconstrained space" if name != "x" else f"as {value.dtype} (rescale what is too large for it)"
             check_finite(f"{name} {where}", value)
         return {name: np.asarray(value) for name, value in rows.items()}
 

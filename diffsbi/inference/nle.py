@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import multivariate_normal
 
 from diffsbi._types import Array, Float, Key, check_key, check_names, check_trailing
 from diffsbi.inference.estimator import Estimator
@@ -212,7 +213,11 @@ _SAMPLERS: dict[str, tuple[Callable[..., Chains], dict[str, Any]]] = {
 
 
 def _largest_rhat(theta: Float[np.ndarray, "m c n p"]) -> np.ndarray:
-    """R-hat of the chains of each of m rows, the largest of all parameters; 1 where there is one chain, or one draw."""
+    """R-hat of the chains of each of m rows, the largest of all parameters; 1 where there is one chain, or one draw.
+
+    The plain one, of all rows at once: that of ranks (`Chains.summary`) takes milliseconds for each, and stays near 1.5
+    where modes are apart.
+    """
     n = theta.shape[2]
     if n < 2 or theta.shape[1] < 2:
         return np.ones(len(theta))
@@ -226,7 +231,9 @@ def _by_mode(prior: Prior, theta: Float[np.ndarray, "c n p"], candidates, weight
     Of chains in one mode any may have the more: together they have what the mode weighs.
     """
     u = np.asarray(prior.to_unconstrained(jnp.asarray(theta)), float)
-    closeness = np.stack([_normal_log_prob(np.asarray(candidates, float), chain) for chain in u])
+    ridge = [np.diag(1e-6 + 0.05 * chain.var(0)) for chain in u]  # of few draws
+    normals = [multivariate_normal(c.mean(0), np.atleast_2d(np.cov(c.T)) + r) for c, r in zip(u, ridge, strict=True)]
+    closeness = np.stack([np.reshape(one.logpdf(candidates), len(candidates)) for one in normals])
     share = np.bincount(closeness.argmax(0), np.asarray(weight, float), len(u))
     n = theta.shape[0] * theta.shape[1]
     chain = np.minimum(np.searchsorted(np.cumsum(share / share.sum()), (np.arange(n) + 0.5) / n), len(u) - 1)
@@ -235,21 +242,11 @@ def _by_mode(prior: Prior, theta: Float[np.ndarray, "c n p"], candidates, weight
     return theta[chain, place].reshape(theta.shape)
 
 
-def _normal_log_prob(at: Float[np.ndarray, "k p"], draws: Float[np.ndarray, "n p"]) -> np.ndarray:
-    """Log-density of the normal with the moments of the draws, up to a constant."""
-    centred = draws - draws.mean(0)
-    covariance = centred.T @ centred / len(draws)
-    covariance += np.diag(1e-6 + 0.05 * np.diag(covariance))  # of few draws
-    root = np.linalg.cholesky(covariance)
-    distance = np.sum(np.linalg.solve(root, (at - draws.mean(0)).T) ** 2, 0)
-    return -0.5 * distance - np.sum(np.log(np.diag(root)))
-
-
 @eqx.filter_jit
 def _starts(target: _Target, keys: Key, x: Float[Array, "m d"], n_chains: int) -> tuple[Array, _Frame, _Population]:
     """Starts (m n_chains, p) in the bulk of each row's posterior, and the rows' frames; one row after the other."""
-    found = jax.lax.map(lambda args: _starts_of(target, args[0], args[1], n_chains), (keys, x))
-    starts, frames, population = found
+    of_row = lambda row: _starts_of(target, row[0], row[1], n_chains)  # noqa: E731
+    starts, frames, population = jax.lax.map(of_row, (keys, x))
     return starts.reshape(-1, starts.shape[-1]), frames, population
 
 
@@ -279,8 +276,7 @@ def _starts_of(target: _Target, key: Key, x: Float[Array, " d"], n_chains: int) 
         step = jax.random.normal(key_move, u.shape)
         u = jnp.repeat(centres, _CANDIDATES // _CENTRES, axis=0) + step @ root.T
         # What they are drawn from: the mixture of the normals about all centres.
-        inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(width.size, dtype=u.dtype), lower=True)
-        a, b = u @ inverse.T, centres @ inverse.T
+        a, b = (jax.scipy.linalg.solve_triangular(root, at.T, lower=True).T for at in (u, centres))
         distance = jnp.sum(a**2, 1)[:, None] - 2 * a @ b.T + jnp.sum(b**2, 1)[None, :]
         return (u, values(u) - jax.nn.logsumexp(-0.5 * distance, axis=1)), None
 

@@ -170,10 +170,9 @@ def _finite_rows(prior: Prior, theta, x, score):
     keep = ~np.logical_or.reduce(list(bad.values()))
     if keep.all():
         return theta, x, score
-    if not keep.any():
-        counts = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
-        raise ValueError(f"Expected a row that is finite; none of {len(keep)} is ({counts}).")
     where = ", ".join(f"{name} in {int(rows.sum())}" for name, rows in bad.items() if rows.any())
+    if not keep.any():
+        raise ValueError(f"Expected a row that is finite; none of {len(keep)} is ({where}).")
     places = _places(prior.names, theta, keep, bad["theta"])
     warnings.warn(
         f"Left out {int((~keep).sum())} of {len(keep)} rows that are not finite ({where}): the fit is biased "
