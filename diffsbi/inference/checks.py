@@ -147,7 +147,7 @@ def _otherwise(names, theta, x, score) -> list[str]:
         return [f"The scores look as if they were in the order {[names[b] for b in best]}, not {list(names)}."]
     # Of data that are bent in theta the two differ by a factor of their own.
     information = np.sum((slope / error) ** 2) + 1e-300
-    scale, spread = np.sum(response * slope / error**2) / information, 1 / np.sqrt(information)
+    scale, spread = np.sum((response / error) * (slope / error)) / information, 1 / np.sqrt(information)
     if scale - SIGNIFICANT * spread > _OTHER_SCALE or 0 < scale + SIGNIFICANT * spread < 1 / _OTHER_SCALE:
         return [
             f"The scores are {scale:.2g} ± {spread:.2g} times what the data's dependence on the parameters says: are "
